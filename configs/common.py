@@ -1,0 +1,139 @@
+"""Every key of a run with its default. A run's own file takes this config and changes what differs; unknown keys are errors."""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The default run: pretraining of a small Llama on the English prose that every Python carries."""
+    config = ml_collections.ConfigDict()
+    config.stage = "pretrain"  # which objective and batches: a key of jaxllm/stages.py
+    config.seed = 0  # everything random derives from it: initialisation, dropout, order of the data
+
+    config.tokenizer = ml_collections.ConfigDict()
+    config.tokenizer.kind = (
+        "sentencepiece"  # "sentencepiece" (BPE with byte fallback, trained on the run's own text) | "bytes"
+    )
+    config.tokenizer.vocab_size = 4096  # for training a sentencepiece tokenizer; bytes have 288
+    config.tokenizer.path = ""  # a saved tokenizer to use instead of training one
+
+    config.data = ml_collections.ConfigDict()
+    config.data.sources = ml_collections.ConfigDict()  # name -> source; batches mix them by weight
+    config.data.sources.main = source()
+    config.data.stage_steps = (0,)  # the step from which each entry of the sources' weights holds
+    config.data.sequence_length = 256  # tokens per row
+    config.data.packing = (
+        "concatenated"  # "concatenated" (every row full) | "best_fit" | "best_fit_whole" (drops longer ones)
+    )
+    config.data.validation = 0.05  # share held out
+    config.data.split = "document"  # "document": by hash of its content | "tail": the end of the text
+    config.data.cache = ""  # directory of tokenised text, shared between runs; "" keeps it in the run directory
+    config.data.workers = 0  # processes that prepare batches; 0 prepares them in a thread of this one
+    config.data.prefetch = 4  # batches prepared ahead
+    config.data.shuffle_seed = 0  # order of documents in the cache
+
+    config.model = llama(
+        vocab_size=4096, num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_width=64, mlp_width=704
+    )
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.name = "adamw"  # "adamw" | "muon" (AdamW for what is not a matrix) | "adafactor"
+    config.optimizer.learning_rate = 1e-3  # peak
+    config.optimizer.schedule = "cosine"  # "cosine" | "linear" | "wsd" (warm up, stay, decay) | "constant"
+    config.optimizer.warmup = 100  # of warmup_unit
+    config.optimizer.warmup_unit = "steps"  # "steps" | "tokens"
+    config.optimizer.final_fraction = 0.1  # of the peak at the last step
+    config.optimizer.decay_fraction = 0.2  # share of the steps that "wsd" decays over
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.1  # decoupled, times the learning rate
+    config.optimizer.decay_mask = "kernel|table"  # regular expression of the parameters that decay
+    config.optimizer.freeze_mask = ""  # regular expression of the parameters that stay as they are
+    config.optimizer.clip_norm = 1.0  # global gradient norm; 0 never clips
+    config.optimizer.spike_deviations = 0.0  # skip updates so many deviations above the recent mean; 0 skips none
+    config.optimizer.ema_decay = 0.0  # of an average of the parameters kept beside them; 0 keeps none
+
+    config.objective = ml_collections.ConfigDict()
+    config.objective.z_coef = 0.0  # z-loss coefficient; PaLM has 1e-4
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.replica = 1  # whole copies of the parameters
+    config.mesh.fsdp = -1  # shards of parameters and batch; -1 takes the devices that are left
+    config.mesh.tensor = 1  # shards of heads, mlp and vocabulary
+
+    config.loop = ml_collections.ConfigDict()
+    config.loop.steps = 300  # optimizer updates
+    config.loop.batch_size = 16  # sequences per update, over all processes
+    config.loop.micro_batches = 8  # parts that a batch is cut into; gradients add up
+    config.loop.log_every = 10  # steps between rows of metrics.jsonl
+    config.loop.evaluate_every = 100  # steps between validations; the last step always validates
+    config.loop.evaluate_batches = 0  # at most so many validation batches; 0 takes all
+    config.loop.sample_every = 100  # steps between text samples; 0 never samples
+    config.loop.sample_prompts = ("The ", "This function returns")
+    config.loop.sample_tokens = 48  # new tokens per sample
+    config.loop.save_every = 100  # steps between checkpoints; the last step always saves
+    config.loop.keep_last = 2  # checkpoints
+    config.loop.keep_best = 1  # further checkpoints with the lowest validation loss
+    config.loop.tensorboard = False  # write TensorBoard events too
+    return config
+
+
+def source(path: str = "embedded", *, weights: tuple = (1.0,)) -> ml_collections.ConfigDict:
+    """One source of documents, with its weight in the mixture at each stage."""
+    source = ml_collections.ConfigDict()
+    source.path = (
+        path  # file, folder or glob of .txt, .jsonl(.gz, .zst) or .parquet; "embedded": text every Python carries
+    )
+    source.field = "text"  # of a jsonl or parquet record
+    source.weights = weights  # one per entry of data.stage_steps
+    source.validation_path = ""  # files held out; "" splits them off path
+    return source
+
+
+def llama(**sizes) -> ml_collections.ConfigDict:
+    """A Llama-style decoder with these sizes: the plain case of every architecture key."""
+    model = ml_collections.ConfigDict()
+    model.vocab_size = 0  # 0 takes the tokenizer's
+    model.num_layers = 0
+    model.width = 0
+    model.mlp_width = 0
+    model.num_heads = 0
+    model.num_kv_heads = 0  # key and value heads, shared by groups of query heads
+    model.head_width = 0
+    model.activation = "silu"  # of the mlp's gate: "silu" | "gelu" | "gelu_tanh"
+    model.norm_eps = 1e-5
+    model.norm_offset = 0.0  # Gemma: 1.0, scales are 1 + parameter
+    model.pre_norm = True  # a norm before attention and mlp
+    model.post_norm = False  # a norm after them, before the residual sum
+    model.qk_norm = "none"  # "none" | "head" (per head: Qwen 3, Gemma 3) | "all" (over all heads: OLMo 2)
+    model.qkv_bias = False  # Qwen 2: True
+    model.output_bias = False
+    model.mlp_bias = False
+    model.tied_head = True  # the embedding's transpose is the head
+    model.embedding_scale = 1.0  # Gemma: sqrt(width)
+    model.attention_scale = 0.0  # 0 is 1 / sqrt(head_width)
+    model.attention_soft_cap = 0.0  # Gemma 2: 50; 0 caps nothing
+    model.logit_soft_cap = 0.0  # Gemma 2: 30
+    model.layer_pattern = (
+        "global",
+    )  # repeated over the layers: "global" | "local" (sliding window) | "nope" (no RoPE)
+    model.sliding_window = 0  # keys that a local layer sees, itself included
+    model.dropout = 0.0  # on the two residual branches of a block
+    model.rope = ml_collections.ConfigDict()
+    model.rope.theta = 10000.0
+    model.rope.local_theta = 0.0  # Gemma 3: 10000 in local layers; 0 is theta
+    model.rope.scaling = "none"  # "none" | "linear" | "llama3" | "yarn"
+    model.rope.factor = 1.0
+    model.rope.original_length = 0
+    model.rope.low_frequency = 1.0
+    model.rope.high_frequency = 4.0
+    model.activation_dtype = "float32"  # between the products; bfloat16 on accelerators
+    model.operand_dtype = (
+        "bfloat16"  # of the products' operands; results and gradients keep the activations' and the parameters' dtype
+    )
+    model.attention = "per_sequence"  # "einsum" | "per_sequence" (best on a CPU) | "dot_product" (JAX's own)
+    model.remat = "none"  # what the backward pass makes again: "none" | "full" (each block) | "projections" (all but the products)
+    model.unroll = 1  # layers per iteration of the scan
+    model.loss_chunk = 128  # positions whose logits exist at a time
+    model.update(sizes)
+    return model

@@ -1,0 +1,1 @@
+"""Documents to tokens to packed, shuffled, resumable batches. No file here imports jax."""

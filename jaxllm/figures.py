@@ -1,0 +1,146 @@
+"""Curves of a run as PNG, drawn from the rows of its ``metrics.jsonl``; a panel without data is left out."""
+
+import dataclasses
+import fnmatch
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito, "Color Universal Design" (2008), without yellow: told apart under every common colour blindness.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+INK, FAINT = "#333333", "#DDDDDD"
+WIDTH, HEIGHT, DPI = 5.6, 3.2, 130  # of one panel: inches, inches, dots per inch
+NOISY = 60  # points beyond which a curve is drawn smoothed over its own pale self
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One set of axes. ``names`` are metric names or patterns (``"reward*"``), ``scale`` is "linear" or "log".
+
+    ``bottom`` fixes the lower end of a linear axis: 0 where a ratio of heights should be read as such.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    scale: str = "linear"
+    bottom: float | None = None
+
+
+PRETRAINING = (
+    Panel("Loss, nats per token", ("loss", "validation_loss"), scale="log"),
+    Panel("Bits per byte", ("*bits_per_byte",), scale="log"),
+    Panel("Learning rate", ("learning_rate",), bottom=0),
+    Panel("Gradient norm", ("gradient_norm", "grad_norm"), scale="log"),
+    Panel("Tokens per second", ("tokens_per_second",), bottom=0),
+    Panel("Model FLOP utilisation", ("mfu",), bottom=0),
+)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: Any, panels: Sequence[Panel] = PRETRAINING) -> None:
+    """Draw the ``panels`` that have data into one PNG at ``path``, against ``row["step"]``.
+
+    Non-finite values leave a gap. Raises ``ValueError`` if no panel has a number to show.
+    """
+    found = [(panel, _series(rows, panel.names)) for panel in panels]
+    found = [(panel, series) for panel, series in found if series]
+    if not found:
+        wanted = [name for panel in panels for name in panel.names]
+        present = sorted({name for row in rows for name in row})
+        raise ValueError(f"nothing to draw in {path}: the rows hold {present}, the panels want {wanted}")
+    columns = min(2, len(found))
+    lines = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * lines), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (panel, series) in enumerate(found):
+        _draw(figure.add_subplot(lines, columns, index + 1), panel, series)
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _series(rows: Sequence[Mapping[str, Any]], patterns: Sequence[str]) -> Series:
+    """Every metric that matches a pattern and has a finite number, in the order of the patterns."""
+    present = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for pattern in patterns for name in present if fnmatch.fnmatchcase(name, pattern))
+    series = {}
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+        steps, values = np.array(points, float).reshape(-1, 2).T
+        if np.isfinite(values).any():
+            series[name] = (steps, np.where(np.isfinite(values), values, np.nan))
+    return series
+
+
+def _draw(axes: Axes, panel: Panel, series: Series) -> None:
+    for (name, (steps, values)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
+        _curve(axes, steps, values, colour, label=f"{name.replace('_', ' ')}  {_last(values):.4g}")
+    _scale(axes, panel, np.concatenate([values for _, values in series.values()]))
+    axes.set_title(panel.title, loc="left", color=INK, fontsize=10, fontweight="bold")
+    axes.set_xlabel("step", color=INK, fontsize=8)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=0, which="both")
+    axes.spines[:].set_visible(False)
+    if len(series) > 1:
+        axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+    else:
+        axes.set_title(
+            f"{_last(*[values for _, values in series.values()]):.4g}", loc="right", color=COLOURS[0], fontsize=9
+        )
+
+
+def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    if len(values) > NOISY:
+        width = len(values) // NOISY + 1
+        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+        axes.plot(steps, _smooth(values, width), color=colour, linewidth=1.8, label=label)
+    else:
+        axes.plot(steps, values, color=colour, linewidth=1.8, marker="o", markersize=3, label=label)
+
+
+def _scale(axes: Axes, panel: Panel, values: np.ndarray) -> None:
+    """A log axis holds only positive numbers: with others the panel is linear. Ticks are plain numbers."""
+    axes.xaxis.set_major_formatter(_tick)
+    low, high = np.nanmin(values), np.nanmax(values)
+    if panel.scale == "log" and low > 0:
+        digits = (1, 1.5, 2, 3, 5, 7) if high < 10 * low else (1, 3) if high < 1000 * low else (1,)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=digits))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    elif panel.bottom is not None and high > panel.bottom:
+        axes.set_ylim(panel.bottom, high + 0.08 * (high - panel.bottom))
+    axes.yaxis.set_major_formatter(_tick)
+
+
+def _tick(value: float, _: int) -> str:
+    return ticker.EngFormatter(sep="")(value) if abs(value) >= 1000 else f"{value:.6g}"
+
+
+def _last(values: np.ndarray) -> float:
+    return values[np.isfinite(values)][-1]
+
+
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """The running median, then the running mean of that: a spike stays in the pale curve, a ramp stays a ramp."""
+    return _running(np.mean, _running(np.median, values, width), width)
+
+
+def _running(average: Callable[[np.ndarray], float], values: np.ndarray, width: int) -> np.ndarray:
+    """The average of the finite values up to ``width`` away, as many on either side: the two ends stay as they are."""
+    averaged = np.full(len(values), np.nan)
+    for i in range(len(values)):
+        reach = min(width, i, len(values) - 1 - i)
+        window = values[i - reach : i + reach + 1]
+        if np.isfinite(window).any():
+            averaged[i] = average(window[np.isfinite(window)])
+    return averaged

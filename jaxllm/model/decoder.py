@@ -1,0 +1,138 @@
+"""The decoder as pure functions over a plain dict of parameters, its blocks stacked on a leading layer axis and scanned."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.model import decoding, heads
+from jaxllm.model.attention import Visibility
+from jaxllm.model.config import DecoderConfig
+from jaxllm.model.kinds import LayerKinds
+from jaxllm.model.layers import Block, Embedding, Projection, RMSNorm
+from jaxllm.tree import Tree
+
+REMATS = {
+    "none": lambda block: block,
+    "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
+    "projections": partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("projection")),
+}
+
+
+class Model(NamedTuple):
+    """A model is its configuration and pure functions; parameters come first, always."""
+
+    config: DecoderConfig
+    init: Callable  # (key) -> params
+    forward: Callable  # (params, tokens_BT, *, positions_BT, segments_BT, dropout_key) -> logits_BTV
+    hidden: Callable  # the same -> hidden_BTD, what chunked_token_logprobs takes
+    score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature) -> (logp_BT, logz_BT, entropy_BT)
+    cache: Callable  # (batch_size, length) -> cache
+    extend: Callable  # (params, cache, tokens_BT, lengths_B) -> (logits_BV, cache)
+    decode: Callable  # (params, cache, tokens_B) -> (logits_BV, cache)
+
+
+def build(config: DecoderConfig) -> Model:
+    """The model of ``config``."""
+    parts = {
+        "embedding": _functions(lambda rngs: Embedding(config, rngs)),
+        "blocks": _functions(lambda rngs: Block(config, rngs)),
+        "final_norm": _functions(lambda rngs: RMSNorm((config.width,), config)),
+    }
+    if not config.tied_head:
+        shape = (config.width, config.vocab_size)
+        parts["head"] = _functions(lambda rngs: Projection("btd,dv->btv", shape, False, config, rngs))
+    apply = {name: part.apply for name, part in parts.items()}
+    hidden = partial(_hidden, config, apply)
+    extend = partial(decoding.extend, config, apply)
+    return Model(
+        config=config,
+        init=partial(_init, config, {name: part.init for name, part in parts.items()}),
+        forward=lambda params, tokens_BT, **options: heads.logits(config, params, hidden(params, tokens_BT, **options)),
+        hidden=hidden,
+        score=partial(heads.score, config),
+        cache=partial(decoding.empty_cache, config),
+        extend=extend,
+        decode=lambda params, cache, tokens_B: extend(params, cache, tokens_B[:, None], jnp.ones_like(tokens_B)),
+    )
+
+
+def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
+    """(pattern of a parameter's name, letters of its dimensions), which place it on the mesh.
+
+    A dot is a dimension that stays whole whatever it is: vectors of the model's width are added to activations on every device.
+    """
+    all_heads = config.qk_norm == "all"
+    return (
+        (r"embedding/table", "vd"),
+        (r"blocks/attention/query/kernel", "ldnh"),
+        (r"blocks/attention/query/bias", "lnh"),
+        (r"blocks/attention/(key|value)/kernel", "ldkh"),
+        (r"blocks/attention/(key|value)/bias", "lkh"),
+        (r"blocks/attention/output/kernel", "lnhd"),
+        (r"blocks/attention/output/bias", "l."),
+        (r"blocks/attention/query_norm/scale", "lnh" if all_heads else "lh"),
+        (r"blocks/attention/key_norm/scale", "lkh" if all_heads else "lh"),
+        (r"blocks/mlp/(gate|up)/kernel", "ldf"),
+        (r"blocks/mlp/(gate|up)/bias", "lf"),
+        (r"blocks/mlp/down/kernel", "lfd"),
+        (r"blocks/mlp/down/bias", "l."),
+        (r"blocks/(attention|mlp)_(pre|post)_norm/scale", "l."),
+        (r"final_norm/scale", "."),
+        (r"head/kernel", "dv"),
+    )
+
+
+class _Functions(NamedTuple):
+    init: Callable  # (key) -> params
+    apply: Callable  # (params, *inputs) -> outputs
+
+
+def _functions(create: Callable[[nnx.Rngs], nnx.Module]) -> _Functions:
+    """A module as two pure functions over a plain dict."""
+    structure = nnx.graphdef(nnx.eval_shape(lambda: create(nnx.Rngs(0))))
+    return _Functions(
+        init=lambda key: nnx.to_pure_dict(nnx.state(create(nnx.Rngs(key)), nnx.Param)),
+        apply=lambda params, *inputs: nnx.merge(structure, params)(*inputs),
+    )
+
+
+def _init(config: DecoderConfig, inits: dict[str, Callable], key: jax.Array) -> Tree:
+    """Random parameters, float32; each part from its own key, so that adding a part changes no other."""
+    keys = {
+        name: jax.random.fold_in(key, index) for index, name in enumerate(("embedding", "blocks", "final_norm", "head"))
+    }
+    params = {name: init(keys[name]) for name, init in inits.items() if name != "blocks"}
+    params["blocks"] = jax.vmap(inits["blocks"])(jax.random.split(keys["blocks"], config.num_layers))
+    return params
+
+
+def _hidden(config, apply, params, tokens_BT, *, positions_BT=None, segments_BT=None, dropout_key=None):
+    """The final norm's output [B, T, D] for each position.
+
+    ``positions_BT`` count from 0 in each document (0..T-1 unless told); ``segments_BT`` number the documents of a packed row, and attention
+    never crosses from one to another; ``dropout_key`` switches dropout on.
+    """
+    if positions_BT is None:
+        positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
+    x_BTD = apply["embedding"](params["embedding"], tokens_BT)
+    visibility = Visibility(positions_BT, positions_BT, segments_BT, segments_BT)
+    kinds = LayerKinds(config, positions_BT)
+
+    @REMATS[config.remat]
+    def block(x_BTD, layer):
+        layer_params, kind, key = layer
+        table, window = kinds.of(kind)
+        x_BTD, _ = apply["blocks"](
+            layer_params, x_BTD, table, visibility._replace(window=window), lambda k, v: (k, v), key
+        )
+        return x_BTD, None
+
+    keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
+    x_BTD, _ = jax.lax.scan(
+        block, x_BTD, (params["blocks"], kinds.index_L, keys), unroll=min(config.unroll, config.num_layers)
+    )
+    return apply["final_norm"](params["final_norm"], x_BTD)

@@ -1,0 +1,34 @@
+"""From hidden states to logits: the language-model head."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.einsum import einsum
+from jaxllm.losses import chunked_token_logprobs
+from jaxllm.model.config import DecoderConfig
+from jaxllm.sharding import place
+from jaxllm.tree import Tree
+
+
+def head(config: DecoderConfig, params: Tree) -> jax.Array:
+    """head_DV: the embedding's transpose where they are tied."""
+    return params["embedding"]["table"].T if config.tied_head else params["head"]["kernel"]
+
+
+def logits(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array) -> jax.Array:
+    """Dense float32 logits: for tests, sampling and small things; losses go through ``chunked_token_logprobs``."""
+    logits_BTV = einsum("btd,dv->btv", hidden_BTD, head(config, params), config.operand_dtype).astype(jnp.float32)
+    return config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap) if config.logit_soft_cap else logits_BTV
+
+
+def score(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0):
+    """(logp_BT, logz_BT, entropy_BT) of ``tokens_BT`` under this model's head: ``chunked_token_logprobs`` as the config says."""
+    return chunked_token_logprobs(
+        hidden_BTD,
+        place(head(config, params), "dv"),
+        tokens_BT,
+        chunk=config.loss_chunk,
+        temperature=temperature,
+        soft_cap=config.logit_soft_cap,
+        operand_dtype=config.operand_dtype,
+    )

@@ -1,0 +1,1 @@
+"""Special tokens, tokenizers, and a view of what they do."""

@@ -1,0 +1,40 @@
+"""The tokenizer of a run: loaded from where the config says, or learned from the run's own text."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jaxllm.text import tokenizer
+from jaxllm.text.tokenizer import Tokenizer
+
+KINDS = ("sentencepiece", "bytes")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """kind: "sentencepiece" (BPE with byte fallback) or "bytes". vocab_size: ids in all, for training one. path: a saved one to use instead."""
+
+    kind: str
+    vocab_size: int
+    path: str
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"tokenizer.kind={self.kind!r} must be one of {KINDS}")
+
+
+def prepare(config: TokenizerConfig, texts: Iterable[str], *, directory: str | os.PathLike) -> Tokenizer:
+    """The tokenizer saved in ``directory``, or else the one that ``config`` describes, learned from ``texts`` and saved there."""
+    if os.path.isdir(directory):
+        return tokenizer.load(directory)
+    made = _made(config, texts)
+    made.save(directory)
+    return made
+
+
+def _made(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    if config.path:
+        return tokenizer.load(config.path)
+    if config.kind == "bytes":
+        return tokenizer.byte_tokenizer()
+    return tokenizer.train(texts, vocab_size=config.vocab_size)

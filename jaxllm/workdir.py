@@ -1,0 +1,79 @@
+"""A run's directory: what lies where in it, what a second run in it may change, and how to load its model.
+
+config.json  environment.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  samples.jsonl  figures/*.png
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from jaxllm.checkpoint import differences
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "ml_collections", "numpy")
+
+
+def open(directory: str | os.PathLike, config: Mapping, *, accept_changes: bool = False) -> Path:
+    """The run directory, created with its ``config.json``, or opened again for the same config.
+
+    Raises ``ValueError`` naming every key that differs from the run's own config, both values and the mend; with ``accept_changes`` the new
+    config takes its place. Raises it too for a directory that holds something else than a run.
+    """
+    directory = Path(directory).expanduser().absolute()
+    path = directory / "config.json"
+    if path.exists():
+        differing = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
+        if differing and not accept_changes:
+            lines = [
+                f"  {name}: {saved!r} there, {wanted!r} here" for name, (saved, wanted) in sorted(differing.items())
+            ]
+            raise ValueError(
+                "\n".join([f"{directory} holds a run with another config:", *lines])
+                + "\nUse another --workdir, or --accept_changes to go on with the new values."
+            )
+        for name, (saved, wanted) in sorted(differing.items()):
+            print(f"changed from the run so far: {name}: {saved!r} -> {wanted!r}", file=sys.stderr)
+    elif directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} is not empty and holds no config.json of a run; use another --workdir")
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(path, config)
+    return directory
+
+
+def record_environment(directory: Path, data: Mapping) -> None:
+    """Writes versions, device, commit, command and what the data became, so that the run can be made again."""
+    if jax.process_index() == 0:
+        _write(directory / "environment.json", environment() | {"data": data})
+
+
+def environment() -> dict:
+    """Versions of Python and of the packages that decide numbers, the device, the commit of the code and the command."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str:
+    """The commit of this checkout, with ``-dirty`` where it was changed; empty outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _write(path: Path, content: Mapping) -> None:
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -1,0 +1,290 @@
+import collections
+import json
+import time
+
+import numpy as np
+import pytest
+
+from jaxllm.data.loader import StagedMixture, batch_fingerprint, train_batches, validation_batches
+from jaxllm.data.packing import PLANS, Rows
+
+SHAPE = dict(batch_size=8, micro_batches=2, pad_id=0)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def lines(batches):
+    """Rows of batches as bytes, in order; rows of padding alone left out."""
+    return [
+        row.tobytes()
+        for batch in batches
+        for row, mask in zip(
+            batch["tokens_BT"].reshape(-1, batch["tokens_BT"].shape[-1]),
+            batch["mask_BT"].reshape(-1, batch["mask_BT"].shape[-1]),
+            strict=True,
+        )
+        if mask.any()
+    ]
+
+
+def same(ours, theirs):
+    return len(ours) == len(theirs) and all(
+        ours[i].keys() == theirs[i].keys() and all(np.array_equal(ours[i][k], theirs[i][k]) for k in ours[i])
+        for i in range(len(ours))
+    )
+
+
+def rows_of(store, length=16):
+    rows = Rows(store, PLANS["concatenated"](store.offsets, length), length=length, pad_id=0)
+    return [rows[index]["tokens_BT"].tobytes() for index in range(len(rows))]
+
+
+@pytest.fixture
+def one(prepared, texts):
+    return prepared({"a": texts})
+
+
+def test_a_batch_has_micro_batches_first_and_the_dtypes_of_the_contract(one):
+    config, stores = one
+    batch = next(train_batches(stores, config, **SHAPE))
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "tokens_BT": ((2, 4, 16), np.int32), "targets_BT": ((2, 4, 16), np.int32),
+        "positions_BT": ((2, 4, 16), np.int32), "segments_BT": ((2, 4, 16), np.int32), "mask_BT": ((2, 4, 16), bool),
+    }  # fmt: skip
+
+
+def test_targets_are_the_next_tokens_wherever_the_mask_is_true(one):
+    config, stores = one
+    for batch in take(train_batches(stores, config, **SHAPE), 30):
+        inner = (batch["segments_BT"][..., 1:] == batch["segments_BT"][..., :-1]) & batch["mask_BT"][..., 1:]
+        assert inner.any()
+        assert np.array_equal(batch["targets_BT"][..., :-1][inner], batch["tokens_BT"][..., 1:][inner])
+        assert not (batch["targets_BT"] == 2)[batch["mask_BT"]].any(), "BOS is never predicted"
+
+
+def test_each_epoch_visits_each_row_once_and_the_orders_differ(one):
+    config, stores = one
+    expected = rows_of(stores["a"].train)
+    count, batches = len(expected), train_batches(stores, config, **SHAPE)
+    read = lines(take(batches, 3 * count // 8 + 1))
+    epochs = [read[epoch * count : (epoch + 1) * count] for epoch in range(3)]
+    assert all(collections.Counter(epoch) == collections.Counter(expected) for epoch in epochs)
+    assert expected not in epochs and epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_seeds_give_orders_of_their_own_and_no_shifted_copies(prepared, texts):
+    reads = []
+    for seed in (0, 0, 1):
+        config, stores = prepared({"a": texts}, shuffle_seed=seed)
+        reads.append(lines(take(train_batches(stores, config, **SHAPE), 3 * len(rows_of(stores["a"].train)) // 8)))
+    assert reads[0] == reads[1] != reads[2]
+    count = len(rows_of(stores["a"].train))
+    assert reads[0][count : 2 * count] != reads[2][:count]
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_the_position_is_resumed_bitwise_in_the_middle_of_an_epoch(prepared, texts, prefetch):
+    config, stores = prepared({"a": texts}, prefetch=prefetch)
+    straight = take(train_batches(stores, config, **SHAPE), 40)
+    first = train_batches(stores, config, **SHAPE)
+    take(first, 13)
+    state = json.loads(json.dumps(first.get_state()))
+    second = train_batches(stores, config, **SHAPE)
+    second.set_state(state)
+    assert same(take(second, 27), straight[13:])
+    assert second.get_state() == {"next_batch": 40}
+    first.set_state({"next_batch": 2})
+    assert same(take(first, 5), straight[2:7])
+
+
+def test_resuming_far_away_takes_no_time(one):
+    config, stores = one
+    batches = train_batches(stores, config, **SHAPE)
+    batches.set_state({"next_batch": 10**12})
+    start = time.monotonic()
+    next(batches)
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("state", [{}, {"next_batch": -1}, {"step": 3}])
+def test_a_position_of_another_form_is_refused(one, state):
+    config, stores = one
+    with pytest.raises(ValueError, match="data position .* is not of the form"):
+        train_batches(stores, config, **SHAPE).set_state(state)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_each_micro_batch_of_a_single_process(prepared, texts, processes):
+    config, stores = prepared({"a": texts[:50], "b": texts[50:]}, weights={"b": (3.0,)})
+    whole = take(train_batches(stores, config, **SHAPE), 25)
+    shares = [
+        take(train_batches(stores, config, **SHAPE, process_index=index, process_count=processes), 25)
+        for index in range(processes)
+    ]
+    for step, batch in enumerate(whole):
+        for micro in range(2):
+            parts = [share[step]["tokens_BT"][micro] for share in shares]
+            assert all(len(part) == 4 // processes for part in parts)
+            together = sorted(row.tobytes() for part in parts for row in part)
+            assert together == sorted(row.tobytes() for row in batch["tokens_BT"][micro])
+
+
+def test_processes_together_visit_each_row_once_and_none_twice(one):
+    config, stores = one
+    expected = rows_of(stores["a"].train)
+    shape = dict(batch_size=2, micro_batches=1, pad_id=0)
+    shares = [
+        lines(take(train_batches(stores, config, **shape, process_index=i, process_count=2), len(expected) // 2 + 1))
+        for i in range(2)
+    ]
+    read = [row for pair in zip(*shares, strict=True) for row in pair][: len(expected)]
+    assert collections.Counter(read) == collections.Counter(expected)
+
+
+@pytest.mark.slow
+def test_workers_give_the_batches_of_a_thread_and_resume(prepared, texts):
+    config, stores = prepared({"a": texts})
+    straight = take(train_batches(stores, config, **SHAPE), 9)
+    config, stores = prepared({"a": texts}, workers=2)
+    batches = train_batches(stores, config, **SHAPE)
+    batches.set_state({"next_batch": 3})
+    try:
+        assert same(take(batches, 6), straight[3:])
+    finally:
+        batches.close()
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (
+            dict(batch_size=8, micro_batches=3),
+            "batch_size=8 is not a multiple of micro_batches=3 times",
+        ),
+        (
+            dict(batch_size=6, micro_batches=2, process_count=2),
+            "batch_size=6 .* micro_batches=2 times process_count=2",
+        ),
+        (dict(batch_size=0, micro_batches=1), "batch_size=0"),
+        (dict(batch_size=8, micro_batches=0), "micro_batches=0"),
+        (dict(batch_size=8, micro_batches=1, process_count=2, process_index=2), "process_index=2 is outside of"),
+    ],
+)
+@pytest.mark.parametrize("batches", [train_batches, validation_batches])
+def test_a_batch_that_cannot_be_shared_equally_is_refused(one, batches, shape, message):
+    config, stores = one
+    with pytest.raises(ValueError, match=message):
+        batches(stores, config, pad_id=0, **shape)
+
+
+def test_a_source_whose_documents_are_all_dropped_is_refused(prepared):
+    config, stores = prepared({"a": ["x" * 99, "y" * 99]}, validation=0.0, packing="best_fit_whole")
+    with pytest.raises(ValueError, match=r"source 'a' has no row: packing='best_fit_whole' gives .*_documents': 2"):
+        train_batches(stores, config, **SHAPE)
+
+
+def test_the_fingerprint_follows_everything_that_decides_a_batch(prepared, texts):
+    seen = set()
+    for fields in (
+        {}, {"shuffle_seed": 1}, {"sequence_length": 8}, {"packing": "best_fit"}, {"validation": 0.3},
+    ):  # fmt: skip
+        config, stores = prepared({"a": texts}, **fields)
+        seen.add(train_batches(stores, config, **SHAPE).fingerprint)
+    config, stores = prepared({"a": texts})
+    seen.add(train_batches(stores, config, **{**SHAPE, "batch_size": 16}).fingerprint)
+    seen.add(train_batches(*prepared({"b": texts})[::-1], **SHAPE).fingerprint)
+    assert len(seen) == 7
+    shared = train_batches(stores, config, batch_size=8, micro_batches=1, pad_id=0, process_count=2)
+    config, stores = prepared({"a": texts}, workers=3, prefetch=9)
+    assert shared.fingerprint == train_batches(stores, config, **SHAPE).fingerprint
+
+
+def sources_of(mixture, places):
+    return [mixture[place] for place in places]
+
+
+def test_a_mixture_has_the_proportions_of_its_weights_in_every_stretch():
+    mixture = StagedMixture(np.array([[0.5, 0.3, 0.2]]), [0])
+    drawn = np.array([source for source, _ in sources_of(mixture, range(1000))])
+    for start in range(0, 1000, 40):
+        counts = np.bincount(drawn[start : start + 40], minlength=3)
+        assert np.abs(counts - [20, 12, 8]).max() <= 1
+
+
+def test_a_staged_mixture_changes_its_weights_and_gives_each_source_in_its_order():
+    mixture = StagedMixture(np.array([[3.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.0, 0.0, 5.0]]), [0, 403, 1000])
+    drawn = sources_of(mixture, range(1500))
+    for start, stop, shares in ((0, 403, [0.75, 0.25, 0]), (403, 1000, [1 / 3] * 3), (1000, 1500, [0, 0, 1])):
+        counts = np.bincount([source for source, _ in drawn[start:stop]], minlength=3)
+        assert np.abs(counts - (stop - start) * np.array(shares)).max() <= 1.5
+    for source in range(3):
+        keys = [key for drawn_from, key in drawn if drawn_from == source]
+        assert keys == list(range(len(keys)))
+
+
+def test_a_mixture_is_found_at_any_place_without_the_places_before():
+    mixture = StagedMixture(np.array([[2.0, 1.0], [1.0, 2.0]]), [0, 7])
+    first = [key for _, key in (mixture[7], mixture[8], mixture[9])]
+    far = [mixture[7 + place + 3 * 10**12] for place in range(3)]
+    assert far == [(mixture[7 + place][0], first[place] + (1 + mixture[7 + place][0]) * 10**12) for place in range(3)]
+
+
+def test_a_weight_too_small_for_the_cycle_is_refused():
+    with pytest.raises(ValueError, match="hold one below 1/10000 of their sum: raise it, or set it to 0"):
+        StagedMixture(np.array([[1.0, 1e-6]]), [0])
+
+
+def test_batches_follow_the_stages_by_step_and_each_source_visits_its_rows_once_per_epoch(prepared, random_documents):
+    texts = {"a": ["a" * 40] * 30, "b": ["b" * 40] * 30}
+    config, stores = prepared(texts, weights={"a": (1.0, 0.0), "b": (1.0, 1.0)}, stage_steps=(0, 5), validation=0.0)
+    batches = take(train_batches(stores, config, **SHAPE), 20)
+    a, b = 32 + ord("a"), 32 + ord("b")
+    share = [np.mean((batch["targets_BT"] == a).any(-1)) for batch in batches]
+    assert share[:5] == [0.5] * 5 and share[5:] == [0.0] * 15
+    assert all((batch["targets_BT"] == b).any() for batch in batches)
+    read = lines(batches)
+    from_b = [row for row in read if (np.frombuffer(row, np.int32) == b).any()]
+    expected = rows_of(stores["b"].train)
+    assert collections.Counter(from_b[: len(expected)]) == collections.Counter(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 12, 400])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_validation_gives_every_target_once_whatever_the_batch(prepared, texts, batch_size, processes):
+    config, stores = prepared({"a": texts[:40], "b": texts[40:]}, packing="best_fit_whole")
+    batch_size *= processes
+    loaders = [
+        validation_batches(
+            stores, config, batch_size=batch_size, micro_batches=1, pad_id=0, process_index=i, process_count=processes
+        )
+        for i in range(processes)
+    ]
+    batches = [batch for loader in loaders for batch in loader]
+    targets = np.concatenate([batch["targets_BT"][batch["mask_BT"]] for batch in batches])
+    held_out = [store.validation for store in stores.values()]
+    assert all(batch["tokens_BT"].shape == (1, batch_size // processes, 16) for batch in batches)
+    expected = np.concatenate([np.delete(store.tokens, store.offsets[:-1]) for store in held_out])
+    assert sorted(targets) == sorted(expected)
+    assert loaders[0].num_targets == len(expected)
+    assert loaders[0].num_bytes == sum(store.num_bytes for store in held_out) == (targets >= 32).sum()
+    assert len(batches) == sum(map(len, loaders)) and len({len(loader) for loader in loaders}) == 1
+
+
+def test_validation_batches_can_be_read_again_and_are_the_same(one):
+    config, stores = one
+    batches = validation_batches(stores, config, **SHAPE)
+    assert same(list(batches), list(batches)) and len(list(batches)) == len(batches) > 1
+
+
+def test_validation_of_nothing_has_no_batches(prepared, texts):
+    config, stores = prepared({"a": texts}, validation=0.0)
+    batches = validation_batches(stores, config, **SHAPE)
+    assert len(batches) == batches.num_bytes == batches.num_targets == 0 and list(batches) == []
+
+
+def test_a_batch_fingerprint_names_its_tokens(one):
+    config, stores = one
+    first, second = take(train_batches(stores, config, **SHAPE), 2)
+    assert batch_fingerprint(first) == batch_fingerprint({**first}) != batch_fingerprint(second)

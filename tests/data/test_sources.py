@@ -1,0 +1,144 @@
+import gzip
+import json
+import sys
+
+import pytest
+
+from jaxllm.data.sources import DocumentSource
+
+zstandard = pytest.importorskip("zstandard")
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+TEXTS = ["one\r\ntwo\n", "é ▁ 漢", "", " \t"]
+LINES = "".join(json.dumps({"id": index, "text": text}) + "\n" for index, text in enumerate(TEXTS)).encode()
+
+
+def read(path, field="text"):
+    return [document.text for document in DocumentSource(str(path), field).documents()]
+
+
+def written(path, data):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
+    assert read(written(tmp_path / "a.txt", "\ufeffa\r\nb\0\n".encode())) == ["\ufeffa\r\nb\0\n"]
+
+
+def test_every_kind_of_records_gives_the_same_texts(tmp_path):
+    written(tmp_path / "a.jsonl", LINES + b"\n  \n")
+    written(tmp_path / "a.jsonl.gz", gzip.compress(LINES))
+    frames = zstandard.ZstdCompressor().compress(LINES[:40]) + zstandard.ZstdCompressor().compress(LINES[40:])
+    written(tmp_path / "a.jsonl.zst", frames)
+    parquet.write_table(pyarrow.table({"id": range(4), "text": TEXTS}), tmp_path / "a.parquet")
+    for suffix in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
+        assert read(tmp_path / f"a.{suffix}") == TEXTS, suffix
+
+
+def test_another_field_may_hold_the_text(tmp_path):
+    path = written(tmp_path / "a.jsonl", b'{"text": "no", "content": "yes"}')
+    assert read(path, "content") == ["yes"]
+
+
+def test_a_folder_is_read_to_its_depths_in_the_order_of_names(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "c.md"):
+        written(tmp_path / name, name.encode())
+    assert read(tmp_path) == ["a/b/c.txt", "a/z.txt", "b.txt"]
+    assert read(f"{tmp_path}/*.txt") == ["b.txt"]
+    assert read(f"{tmp_path}/**/c.*") == ["a/b/c.txt"]
+
+
+def test_progress_ends_at_the_size_of_the_source(tmp_path):
+    written(tmp_path / "a.jsonl", LINES)
+    written(tmp_path / "b.txt", b"x")
+    written(tmp_path / "c.jsonl.gz", gzip.compress(LINES))
+    source = DocumentSource(str(tmp_path))
+    progress = [document.read for document in source.documents()]
+    assert progress == sorted(progress) and progress[-1] == source.num_bytes
+
+
+def test_the_fingerprint_is_of_content_order_and_field_not_of_place(tmp_path):
+    fingerprints = {}
+    for name, files in {
+        "a": {"x.txt": b"1", "y.txt": b"2"},
+        "same": {"u.txt": b"1", "v.txt": b"2"},
+        "changed": {"x.txt": b"1", "y.txt": b"3"},
+        "moved": {"x.txt": b"2", "y.txt": b"1"},
+        "joined": {"x.txt": b"12"},
+    }.items():
+        for file, data in files.items():
+            written(tmp_path / name / file, data)
+        fingerprints[name] = DocumentSource(str(tmp_path / name)).fingerprint
+    assert fingerprints["a"] == fingerprints["same"]
+    assert len(set(fingerprints.values())) == 4
+    assert DocumentSource(str(tmp_path / "a"), "body").fingerprint != fingerprints["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"", r"a.txt is empty: remove it"),
+        ("a.txt", b"one\ntwo\nth\xffree", r"a.txt, line 3: invalid UTF-8, byte 0xff; convert the file to UTF-8"),
+        ("a.jsonl", b"\n \n", r"a.jsonl is empty"),
+        ("a.jsonl.gz", b"", r"a.jsonl.gz is empty"),
+        ("{a}.txt", b"\xff", r"{a}.txt, line 1: invalid UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a.jsonl, line 2: invalid UTF-8, byte 0xe9"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a.jsonl, line 3: not JSON \(.*\); mend or remove the line"),
+        ("a.jsonl", b'{"body": "a"}\n', r"a.jsonl, line 1: no field 'text' in \['body'\]; set field to the one that"),
+        ("a.jsonl", b'"text"\n', r"a.jsonl, line 1: str is not an object with a field 'text'"),
+        ("a.jsonl", b'{"text": 5}\n', r"a.jsonl, line 1: field 'text' holds int 5, not text"),
+        ("a.jsonl", b'{"text": null}\n', r"a.jsonl, line 1: field 'text' holds NoneType None"),
+        ("a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl, line 1: lone surrogate at character 1 of 'text'"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a.jsonl.gz is damaged or cut short .*: fetch it again"),
+        ("a.jsonl.gz", b"plain", r"a.jsonl.gz is damaged or cut short"),
+        ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)[:-9], r"a.jsonl.zst is damaged or cut short"),
+        ("a.jsonl.zst", b"plain text", r"a.jsonl.zst is damaged or cut short"),
+        ("a.parquet", b"PAR1 and no more", r"a.parquet is damaged or cut short .*: fetch it again"),
+        ("a.md", b"text", r"a.md is of no kind that can be read: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
+    ],
+)
+def test_what_cannot_be_read_is_named_with_its_place_and_the_mend(tmp_path, name, data, message):
+    path = written(tmp_path / name, data)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_a_parquet_file_without_the_column_or_with_other_values_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"body": ["a"], "n": [1]}), path)
+    with pytest.raises(ValueError, match=r"a.parquet: no column 'text' in \['body', 'n'\]; set field to one"):
+        read(path)
+    with pytest.raises(ValueError, match=r"a.parquet, row 1: field 'n' holds int 1, not text"):
+        read(path, "n")
+
+
+def test_a_path_without_files_is_named(tmp_path):
+    written(tmp_path / "a.md", b"x")
+    with pytest.raises(FileNotFoundError, match=r"missing.txt does not exist: give a file, a folder, a glob"):
+        read(tmp_path / "missing.txt")
+    for path in (tmp_path, f"{tmp_path}/*.txt"):
+        with pytest.raises(FileNotFoundError, match=r"matches no file of a kind that can be read: .txt, .jsonl"):
+            read(path)
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.parquet", "pyarrow"), ("a.jsonl.zst", "zstandard")])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"{name} needs the package {package}: pip install {package}"):
+        read(written(tmp_path / name, b"x"))
+
+
+def test_the_embedded_source_is_the_embedded_corpus(monkeypatch, tmp_path):
+    from jaxllm.data import embedded
+
+    path = written(tmp_path / "a.py", b"12")
+    monkeypatch.setattr(embedded, "files", lambda: (path,))
+    monkeypatch.setattr(embedded, "documents", lambda: ("a", "b"))
+    source = DocumentSource("embedded")
+    assert [tuple(document) for document in source.documents()] == [("a", 1), ("b", 2)]
+    fingerprint = source.fingerprint
+    path.write_bytes(b"13")
+    assert DocumentSource("embedded").fingerprint != fingerprint

@@ -1,0 +1,244 @@
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxllm.data import tokens as tokens_module
+from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.data.tokens import open_store, prepare, training_texts
+from jaxllm.text.special_tokens import BOS_ID, EOS_ID
+from jaxllm.text.tokenizer import byte_tokenizer, train
+
+TOKENIZER = byte_tokenizer()
+
+
+def documents_of(store):
+    return [store.tokens[a:b].tolist() for a, b in zip(store.offsets, store.offsets[1:], strict=False)]
+
+
+def texts_of(store):
+    found = documents_of(store)
+    assert all(tokens[0] == BOS_ID and tokens[-1] == EOS_ID for tokens in found)
+    return [TOKENIZER.decode(tokens[1:-1]) for tokens in found]
+
+
+def text_config(tmp_path, text, **fields):
+    path = tmp_path / "text.txt"
+    path.write_bytes(text.encode())
+    return DataConfig(sources={"a": SourceConfig(str(path))}, **fields)
+
+
+def test_every_document_is_stored_once_between_bos_and_eos(prepared, texts):
+    _, stores = prepared({"a": texts})
+    assert sorted(texts_of(stores["a"].train) + texts_of(stores["a"].validation)) == sorted(texts)
+    assert len(texts_of(stores["a"].validation)) in range(5, 30)
+
+
+def test_counts_are_exact(prepared, texts):
+    _, stores = prepared({"a": [*texts, "", ""]})
+    for store in stores["a"]:
+        kept = texts_of(store)
+        assert store.num_documents == len(kept) and store.num_tokens == len(store.tokens) == store.offsets[-1]
+        assert store.num_bytes == sum(len(text.encode()) for text in kept)
+        assert store.num_bytes == TOKENIZER.byte_lengths_V[store.tokens].sum()
+        assert store.report == {
+            "num_documents": store.num_documents,
+            "num_tokens": store.num_tokens,
+            "num_bytes": store.num_bytes,
+            "dropped_empty": 2,
+        }
+
+
+def test_bytes_are_exact_for_pieces_with_byte_fallback(tmp_path, prepared, texts):
+    pieces = train(texts, vocab_size=330)
+    config, _ = prepared({"a": [*texts, "漢字 😀 ▁"]})
+    for store in prepare(config, pieces, directory=tmp_path / "pieces")["a"]:
+        assert store.num_bytes == pieces.byte_lengths_V[store.tokens].sum()
+
+
+def test_duplicates_never_lie_on_both_sides_nor_side_by_side(prepared, texts):
+    _, stores = prepared({"a": texts * 6})
+    train_texts, held_out = texts_of(stores["a"].train), texts_of(stores["a"].validation)
+    assert not set(train_texts) & set(held_out) and len(train_texts) + len(held_out) == 6 * len(texts)
+    neighbours = sum(a == b for a, b in zip(train_texts, train_texts[1:], strict=False))
+    assert neighbours < 0.1 * len(train_texts)
+
+
+def test_the_sides_depend_on_the_content_alone(prepared, texts):
+    _, stores = prepared({"a": texts, "b": texts[::-1], "c": texts[:40]})
+    held_out = [set(texts_of(store.validation)) for store in stores.values()]
+    assert held_out[0] == held_out[1] and held_out[2] == held_out[0] & set(texts[:40])
+
+
+def test_documents_are_shuffled_in_the_store_and_equally_at_every_run(prepared, texts):
+    _, stores = prepared({"a": texts, "b": texts})
+    order = texts_of(stores["a"].train)
+    assert order == texts_of(stores["b"].train)
+    places = [texts.index(text) for text in order]
+    assert abs(np.corrcoef(places, np.arange(len(places)))[0, 1]) < 0.4
+
+
+def test_tail_holds_out_the_end_of_the_only_document_at_a_character(tmp_path):
+    text = "aé漢" * 99 + "z"
+    for share in (0.1, 0.1005, 0.101):
+        config = text_config(tmp_path, text, split="tail", validation=share)
+        stores = prepare(config, TOKENIZER, directory=tmp_path / "cache")["a"]
+        (head,), (tail,) = map(texts_of, stores)
+        assert head + tail == text
+        assert len(tail.encode()) == pytest.approx(share * len(text.encode()), abs=3)
+
+
+def test_tail_of_several_documents_is_refused(prepared, texts):
+    with pytest.raises(ValueError, match="split='tail' holds out the end of the only document"):
+        prepared({"a": texts}, split="tail")
+
+
+def test_a_validation_path_is_held_out_whole_and_kept_out_of_the_training(prepared, texts, tmp_path):
+    prepared({"a": texts[:60], "held": [*texts[50:], ""]})
+    source = SourceConfig(str(tmp_path / "a.jsonl"), validation_path=str(tmp_path / "held.jsonl"))
+    stores = prepare(DataConfig(sources={"x": source}), TOKENIZER, directory=tmp_path / "cache")["x"]
+    assert sorted(texts_of(stores.validation)) == sorted(texts[50:])
+    assert sorted(texts_of(stores.train)) == sorted(texts[:50])
+    assert stores.train.report["dropped_in_validation"] == 10 and stores.train.report["dropped_empty"] == 1
+
+
+def test_nothing_is_held_out_at_validation_0(prepared, texts):
+    _, stores = prepared({"a": texts}, validation=0.0)
+    assert stores["a"].validation.num_tokens == stores["a"].validation.num_bytes == 0
+    assert stores["a"].train.num_documents == len(texts)
+
+
+def test_a_side_without_documents_is_named(prepared, texts, tmp_path):
+    message = r"source 'a' \(.*a.jsonl\) has 1 documents, and none for {} with split='document', validation={}"
+    with pytest.raises(ValueError, match=message.format("validation", 0.01) + ".*split='tail' for a single document"):
+        prepared({"a": texts[:1]}, validation=0.01)
+    with pytest.raises(ValueError, match=message.format("train", 0.99)):
+        prepared({"a": texts[:1]}, validation=0.99)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_texts_are_tokenised_once(prepared, texts, monkeypatch):
+    first = prepared({"a": texts})[1]["a"]
+    monkeypatch.setattr(tokens_module, "_tokenise", lambda *arguments: pytest.fail("tokenised again"))
+    again = prepared({"a": texts}, shuffle_seed=9, sequence_length=99)[1]["a"]
+    assert again == first
+
+
+def test_another_source_tokenizer_or_option_is_another_cache(prepared, texts, tmp_path):
+    config, stores = prepared({"a": texts})
+    found = [stores["a"].train]
+    found.append(prepared({"a": texts[1:]})[1]["a"].train)
+    found.append(prepared({"a": texts}, validation=0.3)[1]["a"].train)
+    prepared({"a": texts})
+    found.append(prepare(config, train(texts, vocab_size=330), directory=tmp_path / "cache")["a"].train)
+    assert len({store.fingerprint for store in found}) == len({store.directory for store in found}) == 4
+    assert stores["a"].train.fingerprint != stores["a"].validation.fingerprint
+
+
+def test_ids_are_stored_in_as_few_bytes_as_the_vocabulary_needs(prepared, texts, monkeypatch, tmp_path):
+    config, stores = prepared({"a": texts})
+    assert stores["a"].train.tokens.dtype == np.uint16
+    monkeypatch.setattr(type(TOKENIZER), "vocab_size", 2**16 + 1)
+    large = prepare(config, TOKENIZER, directory=tmp_path / "large")["a"].train
+    assert large.tokens.dtype == np.uint32 and np.array_equal(large.tokens, stores["a"].train.tokens)
+
+
+def test_a_failing_tokenisation_leaves_nothing(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(ValueError, match="line 2"):
+        prepare(DataConfig(sources={"a": SourceConfig(str(path))}), TOKENIZER, directory=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    config = text_config(tmp_path, "abc" * 100_000, validation=0.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            prepare(config, TOKENIZER, directory=tmp_path / "cache")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").iterdir())
+    assert prepare(config, TOKENIZER, directory=tmp_path / "cache")["a"].train.num_bytes == 300_000
+
+
+def test_a_killed_tokenisation_is_never_taken_for_whole(tmp_path, texts):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = DataConfig(sources={"a": SourceConfig(str(path))}, validation=0.2)
+    program = (
+        "import sys, time; from jaxllm.data import tokens; from jaxllm.data.config import *;"
+        "from jaxllm.text.tokenizer import byte_tokenizer;"
+        "tokens._Writer.finish = lambda self, *rest: (print('reached', flush=True), time.sleep(60));"
+        "config = DataConfig(sources={'a': SourceConfig(sys.argv[1])}, validation=0.2);"
+        "tokens.prepare(config, byte_tokenizer(), directory=sys.argv[2])"
+    )
+    arguments = [sys.executable, "-c", program, str(path), str(tmp_path / "cache")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"reached\n"
+        process.send_signal(signal.SIGKILL)
+    assert [place.name.split(".")[1][:8] for place in (tmp_path / "cache").iterdir()] == ["partial-"]
+    stores = prepare(config, TOKENIZER, directory=tmp_path / "cache")["a"]
+    assert sorted(texts_of(stores.train) + texts_of(stores.validation)) == sorted(texts)
+
+
+def test_a_process_that_finishes_second_takes_the_cache_of_the_first(prepared, texts, monkeypatch, tmp_path):
+    tokenise = tokens_module._tokenise
+
+    def slow(*arguments):
+        tokenise(*arguments)
+        monkeypatch.setattr(tokens_module, "_tokenise", tokenise)
+        prepared({"a": texts})
+
+    monkeypatch.setattr(tokens_module, "_tokenise", slow)
+    _, stores = prepared({"a": texts})
+    assert sorted(texts_of(stores["a"].train) + texts_of(stores["a"].validation)) == sorted(texts)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin"])
+def test_a_cache_cut_short_is_refused(prepared, texts, name):
+    store = prepared({"a": texts})[1]["a"].train
+    os.truncate(store.directory / name, 10)  # the store in hand keeps its mapping, and reads it no more
+    with pytest.raises(ValueError, match=f"token cache .* is damaged .*{name} has 10 bytes, not .*: delete it"):
+        open_store(store.directory)
+    for missing in (name, "store.json"):
+        (store.directory / missing).unlink()
+        with pytest.raises(ValueError, match=f"is damaged .*{missing}"):
+            prepared({"a": texts})
+
+
+def test_a_store_is_pickled_by_its_place(prepared, texts):
+    store = prepared({"a": texts * 20})[1]["a"].train
+    assert len(pickle.dumps(store)) < 1000
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy == store and np.array_equal(copy.tokens, store.tokens)
+
+
+def test_training_texts_come_from_the_sources_in_turn_without_held_out_documents(prepared, texts):
+    config, stores = prepared({"a": texts[:50], "b": texts[50:]})
+    found = list(training_texts(config))
+    assert sorted(found) == sorted(texts_of(stores["a"].train) + texts_of(stores["b"].train))
+    assert [found[i] in texts[50:] for i in range(4)] == [False, True, False, True]
+
+
+def test_chunks_bound_what_is_held_in_memory(prepared, texts, monkeypatch):
+    expected = prepared({"a": texts})[1]["a"].train.tokens.copy()
+    monkeypatch.setattr(tokens_module, "_CHUNK_BYTES", 300)
+    monkeypatch.setattr(tokens_module, "_FORMAT", 0)
+    assert np.array_equal(prepared({"a": texts})[1]["a"].train.tokens, expected)
+
+
+def test_nothing_is_printed_where_stderr_is_no_terminal(prepared, texts, capfd):
+    prepared({"a": texts})
+    time.sleep(0.2)
+    assert capfd.readouterr() == ("", "")
