@@ -70,7 +70,9 @@ def gemma2_2b() -> ml_collections.ConfigDict:
 
 
 def gemma3_1b() -> ml_collections.ConfigDict:
-    """Gemma 3 1B, text (arXiv:2503.19786): five local layers to a global one, each with its own RoPE base, norms on heads."""
+    """Gemma 3 1B, text (arXiv:2503.19786): five local layers to a global one, each with its own RoPE base, norms on
+    heads.
+    """
     sizes = dict(
         vocab_size=262144, num_layers=26, width=1152, mlp_width=6912, num_heads=4, num_kv_heads=1, head_width=256
     )

@@ -1,4 +1,6 @@
-"""Every key of a run with its default. A run's own file takes this config and changes what differs; unknown keys are errors."""
+"""Every key of a run with its default. A run's own file takes this config and changes what differs; unknown keys are
+errors.
+"""
 
 import ml_collections
 
@@ -29,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.cache = ""  # directory of tokenised text, shared between runs; "" keeps it in the run directory
     config.data.workers = 0  # processes that prepare batches; 0 prepares them in a thread of this one
     config.data.prefetch = 4  # batches prepared ahead
-    config.data.shuffle_seed = 0  # order of documents in the cache
+    config.data.shuffle_seed = 0  # order of the rows
 
     config.model = llama(
         vocab_size=4096, num_layers=4, width=256, num_heads=4, num_kv_heads=2, head_width=64, mlp_width=704
@@ -64,7 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loop = ml_collections.ConfigDict()
     config.loop.steps = 300  # optimizer updates
     config.loop.batch_size = 16  # sequences per update, over all processes
-    config.loop.micro_batches = 8  # parts that a batch is cut into; gradients add up
+    config.loop.micro_batches = 4  # parts that a batch is cut into; gradients add up
     config.loop.log_every = 10  # steps between rows of metrics.jsonl
     config.loop.evaluate_every = 100  # steps between validations; the last step always validates
     config.loop.evaluate_batches = 0  # at most so many validation batches; 0 takes all
@@ -131,9 +133,9 @@ def llama(**sizes) -> ml_collections.ConfigDict:
     model.operand_dtype = (
         "bfloat16"  # of the products' operands; results and gradients keep the activations' and the parameters' dtype
     )
-    model.attention = "per_sequence"  # "einsum" | "per_sequence" (best on a CPU) | "dot_product" (JAX's own)
+    model.attention = "einsum"  # "einsum" | "dot_product" (JAX's own)
     model.remat = "none"  # what the backward pass makes again: "none" | "full" (each block) | "projections" (all but the products)
-    model.unroll = 1  # layers per iteration of the scan
+    model.unroll = 0  # layers per iteration of the scan: more run faster and compile slower; 0 is all
     model.loss_chunk = 128  # positions whose logits exist at a time
     model.update(sizes)
     return model

@@ -1,6 +1,8 @@
-"""The field's smallest real corpus: bytes of plays, 4 layers of width 128, context 64, batch 12, 2000 steps (published: 1.88 nats).
+"""The field's smallest real corpus: bytes of plays, 4 layers of width 128, context 64, batch 12, 2000 steps (published:
+1.88 nats).
 
-python experiments/train.py --config=configs/tinyshakespeare.py --workdir=runs/tinyshakespeare --config.data.sources.main.path=input.txt
+python experiments/train.py --config=configs/tinyshakespeare.py --workdir=runs/tinyshakespeare
+--config.data.sources.main.path=input.txt
 """
 
 from configs import common

@@ -3,7 +3,8 @@
     python experiments/train.py --config=configs/pretrain.py --workdir=runs/pretrain
     python experiments/train.py --config=configs/pretrain.py:tiny --workdir=runs/tiny --config.optimizer.learning_rate=3e-3
 
-Exit status: 0 when done; 75 when asked to stop by SIGTERM or Ctrl-C and saved (the same command continues); 1 on an error.
+Exit status: 0 when done; 75 when asked to stop by SIGTERM or Ctrl-C and saved (the same command continues); 1 on an
+error.
 """
 
 import os

@@ -68,14 +68,14 @@ class Checkpoints:
                 f"step {step} is older than checkpoint {newest} in {self.directory}: "
                 "restore that one, or use a new directory"
             )
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_storable(state)),
-            position=ocp.args.JsonSave(_plain("position", position)),
-            meta=ocp.args.JsonSave(_plain("meta", meta)),
-        )
+        items = {
+            "state": ocp.args.PyTreeSave(_storable(state)),
+            "position": ocp.args.JsonSave(_plain("position", position)),
+            "meta": ocp.args.JsonSave(_plain("meta", meta)),
+        }
         numbers = {name: float(value) for name, value in (metrics or {}).items()}
         with _disk_errors(self.directory, f"saving step {step}"):
-            self.orbax.save(step, args=items, metrics=numbers, force=True)
+            self.orbax.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
 
     def restore(self, template: Any, meta: Mapping, *, step: int | None = None, ignore: Sequence[str] = ()) -> Restored:
         """Read the newest whole step, or ``step``, into the shapes, dtypes and shardings of ``template``.

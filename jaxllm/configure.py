@@ -11,7 +11,8 @@ Section = TypeVar("Section")
 def section(cls: type[Section], values: Mapping[str, Any], *, path: str = "config") -> Section:
     """``cls(**values)``, nested dataclasses from nested mappings.
 
-    Raises ``ValueError`` for a key that ``cls`` lacks, naming the nearest one, and for a key of ``cls`` that ``values`` lacks.
+    Raises ``ValueError`` for a key that ``cls`` lacks, naming the nearest one, and for a key of ``cls`` that ``values``
+    lacks.
     """
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
     for key in values:

@@ -1,7 +1,8 @@
 """The one matrix product of the project: an activation times a weight, in narrow operands and wide results.
 
-Operands are cast to ``operand_dtype`` (bfloat16 on fast hardware), products accumulate and come out in the activation's dtype, in the backward
-pass too, where plain differentiation would cast the operands up again. Under a mesh the weight's shards are gathered just in time.
+Operands are cast to ``operand_dtype`` (bfloat16 on fast hardware), products accumulate and come out in the activation's
+dtype, in the backward pass too, where plain differentiation would cast the operands up again. Under a mesh the weight's
+shards are gathered just in time.
 """
 
 from functools import partial
@@ -15,10 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 def einsum(equation: str, x: jax.Array, w: jax.Array, operand_dtype: jnp.dtype) -> jax.Array:
     """``jnp.einsum(equation, x, w)`` of an activation ``x`` and a weight ``w``; the result has the dtype of ``x``.
 
-    The equation is explicit (``'btd,dnh->btnh'``), and no letter is summed within one operand. The gradient for ``x`` has its dtype and the
-    gradient for ``w`` has that of ``w`` (float32 masters get float32 gradients), whatever ``operand_dtype`` is. Under an explicit mesh each mesh axis
-    that shards ``x`` along one letter and ``w`` along another is gathered on ``w`` (fully sharded data parallelism, in the narrow
-    dtype: half the traffic), and the gradient for ``w`` comes back scattered as ``w`` is.
+    The equation is explicit (``'btd,dnh->btnh'``), and no letter is summed within one operand. The gradient for ``x``
+    has its dtype and the gradient for ``w`` has that of ``w`` (float32 masters get float32 gradients), whatever
+    ``operand_dtype`` is. Under an explicit mesh each mesh axis that shards ``x`` along one letter and ``w`` along
+    another is gathered on ``w`` (fully sharded data parallelism, in the narrow dtype: half the traffic), and the
+    gradient for ``w`` comes back scattered as ``w`` is.
     """
     return _forward(equation, x, w, operand_dtype)[0]
 
@@ -37,8 +39,9 @@ def _backward(equation, operand_dtype, residuals, out_grad):
     out_grad = out_grad.astype(operand_dtype)
     w_low = _gathered(x_letters, x_low, w_letters, w, operand_dtype)
     x_grad = _product(f"{out_letters},{w_letters}->{x_letters}", out_grad, w_low, x_like.dtype, x_low)
-    # The operand that has the first letter of w stands first, and no transpose behind may be folded in: XLA's CPU backend runs a product that
-    # sums over the leading letters of both operands fast, its transpose slowly (or, in bfloat16 on JAX 0.10.2, not at all).
+    # The operand that has the first letter of w stands first, and no transpose behind may be folded in: XLA's CPU
+    # backend runs a product that sums over the leading letters of both operands fast, its transpose slowly (or, in
+    # bfloat16 on JAX 0.10.2, not at all).
     if w_letters[0] in x_letters:
         w_grad = _product(f"{x_letters},{out_letters}->{w_letters}", x_low, out_grad, w.dtype, w)
     else:
@@ -56,7 +59,9 @@ def _letters(equation: str) -> tuple[str, str, str]:
 
 
 def _product(equation, a, b, dtype, like):
-    """The einsum in ``dtype``, sharded like the array ``like``, or by the letters of ``a`` and ``b`` where that is None."""
+    """The einsum in ``dtype``, sharded like the array ``like``, or by the letters of ``a`` and ``b`` where that is
+    None.
+    """
     sharding = _joined(equation, a, b) if like is None else _sharding(like)
     return jnp.einsum(equation, a, b, preferred_element_type=dtype, out_sharding=sharding)
 

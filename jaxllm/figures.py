@@ -37,10 +37,10 @@ class Panel:
 
 
 PRETRAINING = (
-    Panel("Loss, nats per token", ("loss", "validation_loss"), scale="log"),
+    Panel("Loss, nats per token", ("loss", "validation_loss", "average_validation_loss"), scale="log"),
     Panel("Bits per byte", ("*bits_per_byte",), scale="log"),
     Panel("Learning rate", ("learning_rate",), bottom=0),
-    Panel("Gradient norm", ("gradient_norm", "grad_norm"), scale="log"),
+    Panel("Gradient norm", ("grad_norm",), scale="log"),
     Panel("Tokens per second", ("tokens_per_second",), bottom=0),
     Panel("Model FLOP utilisation", ("mfu",), bottom=0),
 )

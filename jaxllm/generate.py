@@ -1,4 +1,5 @@
-"""Batched sampling: one ``while_loop`` that carries the cache of keys and values, stops when every row has stopped, and never sorts the vocabulary.
+"""Batched sampling: one ``while_loop`` that carries the cache of keys and values, stops when every row has stopped, and
+never sorts the vocabulary.
 
 What a row samples depends on its prompt, its number in the batch and the key alone, not on its neighbours.
 """
@@ -41,11 +42,12 @@ class SamplerConfig:
 
 
 class Completions(NamedTuple):
-    """What was sampled after each prompt: exactly the ids that were drawn, the stop token included and the pad id behind it.
+    """What was sampled after each prompt: exactly the ids that were drawn, the stop token included and the pad id
+    behind it.
 
-    ``logp_BT`` is the float32 log-probability under softmax(logits / temperature), before any filter: the policy that reinforcement
-    learning differentiates, which its trainer can evaluate again. (At temperature 0 it is that of temperature 1.) It is 0 where masked.
-    ``mask_BT`` is True for the tokens that were sampled, the stop token included.
+    ``logp_BT`` is the float32 log-probability under softmax(logits / temperature), before any filter: the policy that
+    reinforcement learning differentiates, which its trainer can evaluate again. (At temperature 0 it is that of
+    temperature 1.) It is 0 where masked. ``mask_BT`` is True for the tokens that were sampled, the stop token included.
     """
 
     tokens_BT: jax.Array
@@ -77,11 +79,13 @@ def generate(
     stop_ids: tuple[int, ...] = (EOS_ID,),
     pad_id: int = PAD_ID,
 ) -> Completions:
-    """Samples up to ``max_new_tokens`` after the first ``lengths_B`` tokens of each row; NumPy arrays [B, max_new_tokens].
+    """Samples up to ``max_new_tokens`` after the first ``lengths_B`` tokens of each row; NumPy arrays [B,
+    max_new_tokens].
 
-    A row ends with the first of ``stop_ids``, the batch when all rows have ended. Whatever lies behind a prompt's length is ignored.
-    Compiles once for each batch size and pair of powers of two that prompt length and ``max_new_tokens`` are rounded up to.
-    Raises ``ValueError`` for a prompt that is empty or longer than its row, an id outside of the vocabulary, ``max_new_tokens`` below 1.
+    A row ends with the first of ``stop_ids``, the batch when all rows have ended. Whatever lies behind a prompt's
+    length is ignored. Compiles once for each batch size and pair of powers of two that prompt length and
+    ``max_new_tokens`` are rounded up to. Raises ``ValueError`` for a prompt that is empty or longer than its row, an id
+    outside of the vocabulary, ``max_new_tokens`` below 1.
     """
     B = len(prompts_BT)
     how = dict(sampler=sampler, stop_ids=tuple(stop_ids), pad_id=pad_id)
@@ -104,7 +108,8 @@ def stream(
     stop_ids: tuple[int, ...] = (EOS_ID,),
     chunk: int = 8,
 ) -> Iterator[str]:
-    """The text that ``generate`` samples after one prompt, in pieces of about ``chunk`` tokens, cut between characters only.
+    """The text that ``generate`` samples after one prompt, in pieces of about ``chunk`` tokens, cut between characters
+    only.
 
     Joined, the pieces are the decoded completion without its stop token. Raises as ``generate`` does.
     """
@@ -123,14 +128,14 @@ def stream(
     yield text.decode(b"", final=True)
 
 
-def start(
-    model: Model, params: Tree, prompts_BT, lengths_B, key, *, new_length, sampler, stop_ids, pad_id
-) -> State:
-    """The state with the first token of each row sampled, and room for ``new_length``. A row of length 0 has stopped before it starts."""
+def start(model: Model, params: Tree, prompts_BT, lengths_B, key, *, new_length, sampler, stop_ids, pad_id) -> State:
+    """The state with the first token of each row sampled, and room for ``new_length``. A row of length 0 has stopped
+    before it starts.
+    """
     B, T = prompts_BT.shape
     lengths_B = place(lengths_B, "b")
-    cache = model.cache(B, T + new_length)
-    logits_BV, cache = model.extend(params, cache, place(prompts_BT, "bt"), jnp.maximum(lengths_B, 1))
+    logits_BV, cache = model.extend(params, model.cache(B, T), place(prompts_BT, "bt"), jnp.maximum(lengths_B, 1))
+    cache = decoding.lengthened(cache, T + new_length)
     completions = Completions(*(jnp.full((B, new_length), x, out_sharding=spec("bt")) for x in (pad_id, 0.0, False)))
     state = State(cache, lengths_B, lengths_B == 0, place(jnp.arange(B), "b"), key, jnp.int32(0), completions)
     return _with_token(state, logits_BV, sampler, stop_ids, pad_id)
@@ -187,17 +192,23 @@ def _sample(logits_BV, rows_B, positions_B, key, *, sampler):
     if sampler.temperature == 0:
         tokens_B = jnp.argmax(logits_BV, axis=1)
     else:
-        keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows_B, positions_B)
+        keys_B = jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(
+            rows_B, positions_B
+        )
         tokens_B = jax.vmap(_draw)(likely(weights_BV, sampler), keys_B)
     shifted_B = jnp.take_along_axis(shifted_BV, tokens_B[:, None], axis=1)[:, 0]
     return tokens_B, shifted_B - jnp.log(jnp.sum(weights_BV, axis=1))
 
 
 def likely(weights_BV: jax.Array, sampler: SamplerConfig) -> jax.Array:
-    """``weights_BV`` (proportional to the probabilities, 1 for the likeliest token) with 0 for the tokens that the filters drop."""
+    """``weights_BV`` (proportional to the probabilities, 1 for the likeliest token) with 0 for the tokens that the
+    filters drop.
+    """
     least_B = jnp.full_like(weights_BV[:, 0], sampler.min_p)
     if 0 < sampler.top_k < weights_BV.shape[1]:
-        threshold_B = _largest_threshold(lambda t_B: jnp.sum(weights_BV >= t_B[:, None], axis=1) >= sampler.top_k, least_B)
+        threshold_B = _largest_threshold(
+            lambda t_B: jnp.sum(weights_BV >= t_B[:, None], axis=1) >= sampler.top_k, least_B
+        )
         weights_BV = jnp.where(weights_BV >= threshold_B[:, None], weights_BV, 0.0)
     if sampler.top_p < 1:
         mass_B = sampler.top_p * jnp.sum(weights_BV, axis=1)
@@ -207,7 +218,9 @@ def likely(weights_BV: jax.Array, sampler: SamplerConfig) -> jax.Array:
 
 
 def _largest_threshold(enough, like_B):
-    """The largest float32 t_B in [0, 1] for which ``enough(t_B)`` still holds: 30 halvings, since such floats order as their bits do."""
+    """The largest float32 t_B in [0, 1] for which ``enough(t_B)`` still holds: 30 halvings, since such floats order as
+    their bits do.
+    """
 
     def halve(step, bits_B):
         trial_B = bits_B | (1 << 29 - step)

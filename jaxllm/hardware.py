@@ -23,8 +23,8 @@ PEAK_FLOPS = {
 def peak_flops(operand_dtype: jnp.dtype) -> tuple[float, str]:
     """The peak of all devices in FLOP/s, and where the number is from.
 
-    Known accelerators come from their data sheet (bfloat16). Anything else, a CPU above all, is measured on the spot by ``measured_flops``;
-    the virtual devices of one host share that host's cores and so count once.
+    Known accelerators come from their data sheet (bfloat16). Anything else, a CPU above all, is measured on the spot by
+    ``measured_flops``; the virtual devices of one host share that host's cores and so count once.
     """
     kind = jax.devices()[0].device_kind
     for prefix, flops in PEAK_FLOPS.items():
@@ -34,7 +34,9 @@ def peak_flops(operand_dtype: jnp.dtype) -> tuple[float, str]:
 
 
 def measured_flops(operand_dtype: jnp.dtype, *, size: int = 1024, repeats: int = 12) -> float:
-    """FLOP/s of a ``size``-cubed matrix product with ``operand_dtype`` operands and a float32 result: the best of ``repeats``."""
+    """FLOP/s of a ``size``-cubed matrix product with ``operand_dtype`` operands and a float32 result: the best of
+    ``repeats``.
+    """
     a = jnp.ones((size, size), operand_dtype)
     product = jax.jit(lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32))
     return 2 * size**3 / best_seconds(product, a, a, repeats=repeats)

@@ -1,30 +1,30 @@
 """The one loop: mesh, restore, compile, step, log, evaluate, save. Every stage runs through it, and none knows of it."""
 
-import dataclasses
-import math
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm import checkpoint, figures, hardware, metrics, sharding, tree, workdir
-from jaxllm.data.loader import batch_fingerprint
-from jaxllm.evaluate.perplexity import evaluator, likelihood, target_bytes
-from jaxllm.generate import SamplerConfig, complete
+from jaxllm.evaluate.continuations import continuations
+from jaxllm.evaluate.perplexity import evaluator, likelihood, num_target_bytes
+from jaxllm.generate import SamplerConfig
+from jaxllm.log import Log
 from jaxllm.model import flops_per_token, parameter_rules
 from jaxllm.stages import STAGES, RunConfig, Stage, limited, run_config
 from jaxllm.train import TrainState, optimizer, schedule, update
 from jaxllm.train.optimizer import AverageState, SpikeState, find_state
 from jaxllm.train.update import init_state
 
-# Exit status of a run that was asked to stop (SIGTERM, SIGINT), saved, and will continue when started again: EX_TEMPFAIL.
+# Exit status of a run that was asked to stop (SIGTERM, SIGINT), saved, and will continue when started again:
+# EX_TEMPFAIL.
 EXIT_PREEMPTED = 75
 
 
@@ -44,27 +44,52 @@ class Programs(NamedTuple):
     template: TrainState  # shapes, dtypes and shardings
 
 
-def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dict[str, float]:
-    """Trains as the config ``values`` say in the run directory, on from its newest checkpoint if it has one; the last validation's numbers.
+class Run(NamedTuple):
+    """What the loop works with."""
 
-    Raises ``ValueError`` for anything wrong with the config, the data or the directory, ``FloatingPointError`` where the loss stops being
-    finite, ``OSError`` where the disk fails, and ``Preempted`` (exit status 75) once it has saved after SIGTERM or SIGINT.
+    config: RunConfig
+    stage: Stage
+    programs: Programs
+    checkpoints: checkpoint.Checkpoints
+    meta: dict[str, Any]  # saved with each checkpoint, compared at restoring
+    directory: Path
+    place: Callable  # host batch -> global arrays
+    validate: Callable  # state -> row
+
+
+def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dict[str, float]:
+    """Trains as the config ``values`` say, on from the directory's newest checkpoint; returns the last validation.
+
+    Raises ``ValueError`` for anything wrong with the config, the data or the directory, ``FloatingPointError`` where
+    the loss stops being finite, ``OSError`` where the disk fails, and ``Preempted`` (exit status 75) once it has saved
+    after SIGTERM or SIGINT.
     """
     config = run_config(values)
     directory = workdir.open(directory, values, accept_changes=accept_changes)
     mesh = sharding.mesh(config.mesh)
     with stop_signals() as stopping, jax.set_mesh(mesh), ExitStack() as stack:
         stage = STAGES[config.stage](config, directory)
+        stack.callback(stage.batches.close)
         workdir.record_environment(directory, stage.report)
-        programs = compile_programs(config, stage, mesh)
-        best = dict(keep_best=config.loop.keep_best, best_metric="validation_loss")
-        checkpoints = stack.enter_context(
-            checkpoint.open(directory / "checkpoints", keep_last=config.loop.keep_last, **best)
+        keep = dict(keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, best_metric="validation_loss")
+        checkpoints = stack.enter_context(checkpoint.open(directory / "checkpoints", **keep))
+        place = partial(sharding.global_batch, on=mesh)
+        run = Run(
+            config=config,
+            stage=stage,
+            programs=compile_programs(config, stage, mesh),
+            checkpoints=checkpoints,
+            meta={"tokenizer": stage.tokenizer.fingerprint, "data": stage.batches.fingerprint, "config": dict(values)},
+            directory=directory,
+            place=place,
+            validate=partial(_validation, config, stage, evaluator(stage.objective, stage.prepare, place)),
         )
-        meta = {"tokenizer": stage.tokenizer.fingerprint, "data": stage.batches.fingerprint, "config": dict(values)}
-        state = _start(config, stage, programs, checkpoints, meta, accept_changes)
+        state, position = _start(run, ("config", "data") if accept_changes else ("config",))
         write = stack.enter_context(_writers(config, directory, int(state.step)))
-        return _train(config, stage, programs, checkpoints, meta, state, write, directory, mesh, stopping)
+        log = Log(write, _throughput(config, stage, state))
+        if position:
+            log.restore(position["log"])
+        return _train(run, state, log, stopping)
 
 
 def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
@@ -79,7 +104,8 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     # Under an explicit mesh the optimizer's state has its sharding in its type, so no second table is needed.
     template = sharding.with_shardings(jax.eval_shape(partial(init_state, optimizer=chain), abstract), mesh)
 
-    # Random numbers of an explicit mesh would be made whole on every device first; partitioned automatically, they are made in place.
+    # Random numbers of an explicit mesh would be made whole on every device first; partitioned automatically, they are
+    # made in place.
     init_params = jax.sharding.auto_axes(stage.model.init, out_sharding=jax.tree.map(lambda x: x.spec, shardings))
 
     def step(state, batch):
@@ -101,106 +127,70 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     )
 
 
-def _start(config, stage, programs, checkpoints, meta, accept_changes) -> TrainState:
-    """The state of the newest checkpoint, the loader set to its position; without one, random parameters."""
-    if checkpoints.latest_step is None:
-        return programs.init(jax.random.key(config.seed))
+def _start(run: Run, ignored: tuple[str, ...]) -> tuple[TrainState, dict | None]:
+    """The newest checkpoint's state and position, the loader set to it; without one, random parameters and None."""
+    if run.checkpoints.latest_step is None:
+        return run.programs.init(jax.random.key(run.config.seed)), None
     # The config was compared when the directory was opened; here what it was made into must agree.
-    ignored = ("config", "data") if accept_changes else ("config",)
-    restored = checkpoints.restore(programs.template, meta, ignore=ignored)
-    stage.batches.set_state(restored.position)
+    restored = run.checkpoints.restore(run.programs.template, run.meta, ignore=ignored)
+    run.stage.batches.set_state(restored.position["loader"])
     print(f"resumed at step {int(restored.state.step)}", file=sys.stderr)
-    return restored.state
+    return restored.state, restored.position
 
 
-def _train(config, stage, programs, checkpoints, meta, state, write, directory, mesh, stopping) -> dict[str, float]:
-    loop, place = config.loop, partial(sharding.global_batch, on=mesh)
+def _throughput(config, stage, state) -> metrics.Throughput:
     peak, source = hardware.peak_flops(config.model.operand_dtype)
-    flops = flops_per_token(stage.model.config, config.data.sequence_length)
     print(f"{tree.size(state.params):,} parameters; MFU against {peak:.3g} FLOP/s, {source}", file=sys.stderr)
-    validate = partial(_validation, config, stage, evaluator(stage.objective, stage.prepare, place))
-    log = Log(write, metrics.Throughput(flops, peak))
-    step, validated = int(state.step), {}
+    return metrics.Throughput(flops_per_token(stage.model.config, config.data.sequence_length), peak)
+
+
+def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> dict[str, float]:
+    loop, step, validated = run.config.loop, int(state.step), {}
     while step < loop.steps:
-        batch = next(stage.batches)
-        state, measured = programs.step(state, place(batch))
+        batch = next(run.stage.batches)
+        state, measured = run.programs.step(state, run.place(batch))
         step += 1
         log.add(step, batch, measured)
         last, stop = step == loop.steps, _asked_to_stop(stopping, step)
-        if last or stop or step % loop.log_every == 0:
+        due = {name: every and (last or step % every == 0) for name, every in _periods(loop).items()}
+        if due["log"]:
             log.flush()
         with log.throughput.paused():
-            if last or step % loop.evaluate_every == 0:
-                validated = validate(state)
-                write(step, validated)
-            if loop.sample_every and (last or step % loop.sample_every == 0):
-                _write_samples(config, stage, state.params, step, directory)
-            if last or stop or step % loop.save_every == 0:
-                log.flush()
-                ranked = validated if last or step % loop.evaluate_every == 0 else None
-                checkpoints.save(step, state, position=stage.batches.get_state(), meta=meta, metrics=ranked)
+            if due["evaluate"]:
+                validated = run.validate(state)
+                log.write(step, validated)
+            if due["sample"]:
+                _write_samples(run, state.params, step)
+            if due["save"] or stop:
+                _save(run, state, step, log, validated if due["evaluate"] else None)
         if stop and not last:
-            checkpoints.wait()
-            print(f"stopped as asked; saved at step {step}: the same command continues", file=sys.stderr)
+            run.checkpoints.wait()
+            print(f"stopped as asked and saved at step {step}: the same command continues", file=sys.stderr)
             raise Preempted(step)
-    checkpoints.wait()
-    figures.curves(metrics.read(directory / "metrics.jsonl"), directory / "figures" / "curves.png")
-    return validated or validate(state)
+    run.checkpoints.wait()
+    if jax.process_index() == 0:
+        figures.curves(metrics.read(run.directory / "metrics.jsonl"), run.directory / "figures" / "curves.png")
+    return validated or run.validate(state)
 
 
-@dataclasses.dataclass
-class Log:
-    """Means over the steps between rows. Each step's numbers are fetched while the next one runs, so the device never waits for the host."""
+def _periods(loop) -> dict[str, int]:
+    return {
+        "log": loop.log_every,
+        "evaluate": loop.evaluate_every,
+        "sample": loop.sample_every,
+        "save": loop.save_every,
+    }
 
-    write: Any
-    throughput: metrics.Throughput
-    pending: tuple | None = None
-    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    tokens: int = 0
-    places: int = 0
-    step: int = 0
 
-    def add(self, step: int, batch: Mapping[str, np.ndarray], measured: Mapping[str, Any]) -> None:
-        """Takes a step that was just dispatched, and checks the one before it."""
-        self._fetch()
-        self.pending = (step, batch, measured)
-
-    def flush(self) -> None:
-        """Waits for the last step and writes the row of all since the row before; nothing where there were none."""
-        self._fetch()
-        if not self.rows:
-            return
-        last = self.rows[-1]
-        # Rates and counters are those of the last step, all else is a mean over the steps.
-        means = {
-            name: float(np.mean([row[name] for row in self.rows]))
-            for name in last
-            if name not in ("learning_rate", "skipped")
-        }
-        self.write(self.step, last | means | self.throughput.lap(self.tokens, self.places - self.tokens))
-        self.rows, self.tokens, self.places = [], 0, 0
-
-    def _fetch(self) -> None:
-        if self.pending is None:
-            return
-        self.step, batch, measured = self.pending
-        self.pending = None
-        row = metrics.fetch(measured)
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss is {row['loss']} at step {self.step} (batch {batch_fingerprint(batch)}, gradient norm {row['grad_norm']}). "
-                "The last checkpoint is sound. Try a lower optimizer.learning_rate, a longer optimizer.warmup, optimizer.spike_deviations=6, "
-                "or model.operand_dtype='float32' to tell precision from data."
-            )
-        self.rows.append(row)
-        self.tokens += int(np.count_nonzero(batch["segments_BT"]))
-        self.places += batch["segments_BT"].size
+def _save(run: Run, state: TrainState, step: int, log: Log, validated: dict | None) -> None:
+    position = {"loader": run.stage.batches.get_state(), "log": log.position()}
+    run.checkpoints.save(step, state, position=position, meta=run.meta, metrics=validated)
 
 
 def _validation(config, stage, evaluate, state) -> dict[str, float]:
     """Likelihood of the held-out text under the parameters, and under their average where one is kept."""
     batches = partial(limited, stage.validation, config.loop.evaluate_batches)
-    num_bytes = sum(target_bytes(batch, stage.tokenizer.byte_lengths_V) for batch in batches())
+    num_bytes = sum(num_target_bytes(batch, stage.tokenizer.byte_lengths_V) for batch in batches())
     kept = find_state(AverageState, state.opt_state)
     found = {"": state.params} | ({"average_": kept.average} if kept else {})
     row = {}
@@ -214,22 +204,19 @@ def _validation(config, stage, evaluate, state) -> dict[str, float]:
     return row
 
 
-def _write_samples(config, stage, params, step, directory) -> None:
+def _write_samples(run: Run, params: tree.Tree, step: int) -> None:
     """How the model continues the prompts at this step: greedy, so that only training changes it."""
-    prompts, sampler = config.loop.sample_prompts, SamplerConfig(temperature=0.0)
-    texts = complete(
-        stage.model,
-        params,
-        stage.tokenizer,
-        prompts,
-        jax.random.key(0),
-        sampler=sampler,
-        max_new_tokens=config.loop.sample_tokens,
-    )
+    prompts, greedy = run.config.loop.sample_prompts, SamplerConfig(temperature=0.0)
+    model, tokenizer, length = run.stage.model, run.stage.tokenizer, run.config.loop.sample_tokens
+    texts = continuations(model, params, tokenizer, prompts, jax.random.key(0), max_new_tokens=length, sampler=greedy)
     if jax.process_index() == 0:
-        with metrics.jsonl(directory / "samples.jsonl", after_step=step) as write:
+        with metrics.jsonl(run.directory / "samples.jsonl", after_step=step - 1) as write:
             for prompt, text in zip(prompts, texts, strict=True):
                 write(step, {"prompt": prompt, "text": text})
+                print(
+                    f"  {prompt}\033[2m{text!r}\033[0m" if sys.stderr.isatty() else f"  {prompt}{text!r}",
+                    file=sys.stderr,
+                )
 
 
 def _writers(config, directory, start_step):
@@ -247,7 +234,9 @@ def _writers(config, directory, start_step):
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Inside, the first SIGTERM or SIGINT sets the event instead of ending the process; a second SIGINT interrupts as ever."""
+    """Inside, the first SIGTERM or SIGINT sets the event instead of ending the process; a second SIGINT interrupts as
+    ever.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -267,7 +256,9 @@ def stop_signals() -> Iterator[threading.Event]:
 
 
 def _asked_to_stop(stopping: threading.Event, step: int) -> bool:
-    """The same answer on every process at the same step: where there are several, JAX's preemption service agrees on one."""
+    """The same answer on every process at the same step: where there are several, JAX's preemption service agrees on
+    one.
+    """
     if jax.process_count() > 1:
         return multihost_utils.reached_preemption_sync_point(step)
     return stopping.is_set()

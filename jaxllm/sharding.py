@@ -1,7 +1,8 @@
 """The device mesh, and the placement of every array on it by the letters of its dimensions.
 
-The mesh is explicit and has three axes: ``replica`` (whole copies of the parameters), ``fsdp`` (shards of parameters and batch) and
-``tensor`` (shards of heads, mlp and vocabulary). What "pjit" named is spelled ``jax.jit`` over this mesh.
+The mesh is explicit and has three axes: ``replica`` (whole copies of the parameters), ``fsdp`` (shards of parameters
+and batch) and ``tensor`` (shards of heads, mlp and vocabulary). What "pjit" named is spelled ``jax.jit`` over this
+mesh.
 """
 
 import dataclasses
@@ -53,7 +54,9 @@ def mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def spec(letters: str) -> PartitionSpec | None:
-    """The placement of an activation with these dimensions (``'btd'``); None where no mesh is set, so that the same model runs bare."""
+    """The placement of an activation with these dimensions (``'btd'``); None where no mesh is set, so that the same
+    model runs bare.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return None
     return PartitionSpec(*(ACTIVATION_AXES.get(letter) for letter in letters))
@@ -72,8 +75,8 @@ def parameter_spec(letters: str) -> PartitionSpec:
 def parameter_shardings(table, abstract_params: tree.Tree, on: Mesh) -> tree.Tree:
     """A ``NamedSharding`` per parameter from the model's table of (name pattern, letters).
 
-    Raises ``ValueError`` where a name matches no row or two, where the letters do not fit the rank, and where a mesh axis does not
-    divide the dimension that it shards.
+    Raises ``ValueError`` where a name matches no row or two, where the letters do not fit the rank, and where a mesh
+    axis does not divide the dimension that it shards.
     """
 
     def sharding(name, leaf, letters):
@@ -103,7 +106,8 @@ def with_shardings(abstract: tree.Tree, on: Mesh) -> tree.Tree:
 
 
 def global_batch(batch: dict[str, np.ndarray], on: Mesh) -> dict[str, jax.Array]:
-    """Global device arrays from this process's rows: leaves [M, rows of this process, ...], rows sharded over replica and fsdp.
+    """Global device arrays from this process's rows: leaves [M, rows of this process, ...], rows sharded over replica
+    and fsdp.
 
     The global row count must be a multiple of replica x fsdp (``ValueError``).
     """

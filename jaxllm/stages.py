@@ -10,7 +10,7 @@ import jax
 from jaxllm.configure import nearest, section
 from jaxllm.data import loader, tokens
 from jaxllm.data.config import DataConfig
-from jaxllm.losses import token_weights
+from jaxllm.evaluate.perplexity import weighed
 from jaxllm.model import DecoderConfig, Model, build
 from jaxllm.sharding import MeshConfig
 from jaxllm.text import prepare as text
@@ -84,15 +84,19 @@ class Stage(NamedTuple):
 
 
 def run_config(values: Mapping) -> RunConfig:
-    """The validated configuration of a run from an ``ml_collections`` config or a mapping; ``ValueError`` names what is wrong."""
+    """The validated configuration of a run from an ``ml_collections`` config or a mapping; ``ValueError`` names what is
+    wrong.
+    """
     return section(RunConfig, values)
 
 
 def pretrain(config: RunConfig, directory: Path) -> Stage:
-    """Next-token prediction on documents; the tokenizer and the token cache are made in ``directory`` where they are missing."""
+    """Next-token prediction on documents; the tokenizer and the token cache are made in ``directory`` where they are
+    missing.
+    """
     tokenizer = text.prepare(config.tokenizer, tokens.training_texts(config.data), directory=directory / "tokenizer")
     stores = tokens.prepare(config.data, tokenizer, directory=config.data.cache or directory / "tokens")
-    model = build(model_config(config.model, tokenizer))
+    model = build(config.model.with_vocabulary(tokenizer.vocab_size))
     shape = dict(batch_size=config.loop.batch_size, micro_batches=config.loop.micro_batches, pad_id=PAD_ID)
     processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
     batches = loader.train_batches(stores, config.data, **shape, **processes)
@@ -101,7 +105,7 @@ def pretrain(config: RunConfig, directory: Path) -> Stage:
         tokenizer=tokenizer,
         batches=batches,
         validation=loader.validation_batches(stores, config.data, **shape, **processes),
-        prepare=lambda batch: batch | {"weight_BT": token_weights(batch["mask_BT"])},
+        prepare=weighed,
         objective=next_token(model, config.objective),
         report={
             name: {"train": store.train.report, "validation": store.validation.report} for name, store in stores.items()
@@ -110,18 +114,6 @@ def pretrain(config: RunConfig, directory: Path) -> Stage:
 
 
 STAGES: dict[str, Callable[[RunConfig, Path], Stage]] = {"pretrain": pretrain}
-
-
-def model_config(config: DecoderConfig, tokenizer: Tokenizer) -> DecoderConfig:
-    """``config`` with the tokenizer's vocabulary where its own is 0; a smaller one than the tokenizer's is an error."""
-    if config.vocab_size == 0:
-        return dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}: "
-            "ids past its end would have no row; raise it, or set 0 to take the tokenizer's"
-        )
-    return config
 
 
 def limited(batches: Any, count: int) -> Iterator:

@@ -1,6 +1,7 @@
 """Names for the leaves of a pytree, and tables and masks that select leaves by name.
 
-A leaf's name is its path with slashes: ``blocks/attention/query/kernel``. Every table must match every leaf exactly once.
+A leaf's name is its path with slashes: ``blocks/attention/query/kernel``. Every table must match every leaf exactly
+once.
 """
 
 import re
@@ -31,8 +32,8 @@ def map_named(function: Callable, tree: Tree, *rest: Tree) -> Tree:
 def match(table: Sequence[tuple[str, Any]], tree: Tree) -> Tree:
     """A tree of the table's values, one per leaf of ``tree``.
 
-    ``table`` holds pairs (regular expression, value); the expression must match the leaf's whole name. A leaf that no row or
-    more than one row matches raises ``ValueError`` with its name, its shape and the rows: there is no catch-all.
+    ``table`` holds pairs (regular expression, value); the expression must match the leaf's whole name. A leaf that no
+    row or more than one row matches raises ``ValueError`` with its name, its shape and the rows: there is no catch-all.
     """
 
     def value(leaf_name: str, leaf: Any) -> Any:

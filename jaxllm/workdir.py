@@ -1,6 +1,7 @@
 """A run's directory: what lies where in it, what a second run in it may change, and how to load its model.
 
 config.json  environment.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  samples.jsonl  figures/*.png
+evaluation.json
 """
 
 import json
@@ -14,21 +15,28 @@ from pathlib import Path
 
 import jax
 
+from jaxllm import checkpoint
 from jaxllm.checkpoint import differences
+from jaxllm.configure import section
+from jaxllm.model import DecoderConfig, Model, build
+from jaxllm.text import tokenizer
+from jaxllm.text.tokenizer import Tokenizer
+from jaxllm.tree import Tree
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "ml_collections", "numpy")
 
 
-def open(directory: str | os.PathLike, config: Mapping, *, accept_changes: bool = False) -> Path:
+def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool = False) -> Path:
     """The run directory, created with its ``config.json``, or opened again for the same config.
 
-    Raises ``ValueError`` naming every key that differs from the run's own config, both values and the mend; with ``accept_changes`` the new
-    config takes its place. Raises it too for a directory that holds something else than a run.
+    Raises ``ValueError`` naming every key that differs from the run's own config, both values and the mend; with
+    ``accept_changes`` the new config takes its place. Raises it too for a directory that holds something else than a
+    run.
     """
     directory = Path(directory).expanduser().absolute()
     path = directory / "config.json"
     if path.exists():
-        differing = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
+        differing = differences(config(directory), json.loads(json.dumps(values)))
         if differing and not accept_changes:
             lines = [
                 f"  {name}: {saved!r} there, {wanted!r} here" for name, (saved, wanted) in sorted(differing.items())
@@ -42,8 +50,29 @@ def open(directory: str | os.PathLike, config: Mapping, *, accept_changes: bool 
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no config.json of a run; use another --workdir")
     directory.mkdir(parents=True, exist_ok=True)
-    _write(path, config)
+    _write(path, values)
     return directory
+
+
+def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Tree, Tokenizer]:
+    """(model, params, tokenizer) of a run: its newest whole checkpoint, or that of ``step``, on the first device."""
+    values = config(directory)
+    tokens = tokenizer.load(Path(directory) / "tokenizer")
+    model = build(section(DecoderConfig, values["model"], path="config.model").with_vocabulary(tokens.vocab_size))
+    return model, checkpoint.restore_params(Path(directory) / "checkpoints", step=step), tokens
+
+
+def config(directory: str | os.PathLike) -> dict:
+    """The config of the run in this directory; ``FileNotFoundError`` where there is none."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no run in {directory}: config.json is missing; give a --workdir that train.py made")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_evaluation(directory: str | os.PathLike, result: Mapping) -> None:
+    """Writes ``evaluation.json``."""
+    _write(Path(directory) / "evaluation.json", result)
 
 
 def record_environment(directory: Path, data: Mapping) -> None:

@@ -369,9 +369,8 @@ def test_missing_directories_and_steps_are_named(tmp_path, saved):
 
 
 def test_an_unfinished_save_is_never_seen_and_is_cleaned_up(saved):
-    unfinished = saved / "30.orbax-checkpoint-tmp"
+    unfinished = saved / "25.orbax-checkpoint-tmp"
     shutil.copytree(saved / "20", unfinished)
-    assert next(checkpoint.whole_steps(saved)) == 20
     with checkpoint.open(saved) as checkpoints:
         assert checkpoints.latest_step == 20
         save(checkpoints, 30)
@@ -471,6 +470,7 @@ def resident_bytes():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
 def test_fifty_saves_do_not_grow_the_process(tmp_path):
     state = {"weights": jnp.ones((1 << 16,))}

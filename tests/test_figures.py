@@ -15,7 +15,7 @@ def rows(count=100):
             "step": step,
             "loss": 1 + 4 / step,
             "learning_rate": 1e-3 * step / count,
-            "gradient_norm": 1.0,
+            "grad_norm": 1.0,
             "tokens_per_second": 7000.0 + step,
             "sample": "some text",
         }

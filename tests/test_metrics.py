@@ -2,6 +2,7 @@ import io
 import json
 import math
 import resource
+import struct
 import sys
 
 import jax
@@ -188,13 +189,26 @@ def test_writers_feed_each_one_and_close_them_when_the_run_fails(tmp_path):
         write(1, {"loss": 1.0})
 
 
-def test_tensorboard_gets_scalars_and_text(tmp_path):
+def tensorboard_events(directory):
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = directory.glob("events.*")
+    content, start = file.read_bytes(), 0
+    while start < len(content):  # a record: 8 bytes of length, 4 of checksum, the event, 4 of checksum
+        (length,) = struct.unpack("<Q", content[start : start + 8])
+        yield Event.FromString(content[start + 12 : start + 12 + length])
+        start += length + 16
+
+
+def test_tensorboard_gets_scalars_and_text_and_hides_what_a_resumed_run_writes_again(tmp_path):
     pytest.importorskip("tensorboardX")
-    with metrics.tensorboard(tmp_path) as write:
-        write(1, {"loss": 0.25, "nan": math.nan, "sample": "once upon a time"})
-    (events,) = tmp_path.glob("events.*")
-    content = events.read_bytes()
-    assert all(word in content for word in (b"loss", b"sample", b"once upon a time"))
+    with metrics.tensorboard(tmp_path, after_step=20) as write:
+        write(30, {"loss": 0.25, "nan": math.nan, "sample": "once upon a time"})
+    events = list(tensorboard_events(tmp_path))
+    values = {value.tag.split("/")[0]: (event.step, value) for event in events for value in event.summary.value}
+    assert [event.step for event in events if event.session_log.status == event.session_log.START] == [21]
+    assert values["loss"][0] == 30 and values["loss"][1].simple_value == 0.25
+    assert values["sample"][1].tensor.string_val == [b"once upon a time"]
 
 
 def test_a_missing_tensorboard_package_is_named_with_its_mend(tmp_path, monkeypatch):
@@ -211,7 +225,7 @@ class Terminal(io.StringIO):
 def test_progress_prints_one_plain_line_per_row_where_there_is_no_terminal():
     stream = io.StringIO()
     with metrics.progress(200, start_step=100, stream=stream) as write:
-        write(150, {"loss": 2.34567, "tokens_per_second": 12345.0, "mfu": 0.4321, "gradient_norm": 9.0})
+        write(150, {"loss": 2.34567, "tokens_per_second": 12345.0, "mfu": 0.4321, "grad_norm": 9.0})
         write(200, {"loss": 2.0, "sample": "text"})
     first, last = stream.getvalue().splitlines()
     assert first == "step 150/200  loss 2.346  12.3k tokens/s  mfu 43.2%  0:00:00 left"

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.einsum import einsum
+from jaxllm.losses.supervised import cross_entropy
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -26,40 +27,117 @@ def chunked_token_logprobs(
     soft_cap: float = 0.0,
     operand_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(logp_BT, logz_BT, entropy_BT) of softmax(cap(hidden @ head) / temperature) in float32, ``chunk`` positions at a time.
+    """(logp_BT, logz_BT, entropy_BT) of softmax(cap(hidden @ head) / temperature) in float32, ``chunk`` positions at a
+    time.
 
-    ``logp`` is the log-probability of ``tokens_BT``, ``logz`` the log-partition, ``entropy`` that of the distribution in nats.
-    ``soft_cap`` c > 0 caps logits as c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2). Operands of the
-    head's product are cast to ``operand_dtype`` (that of ``hidden_BTD``, unless told). The backward pass makes each chunk's logits again.
+    ``logp`` is the log-probability of ``tokens_BT``, ``logz`` the log-partition, ``entropy`` that of the distribution
+    in nats. ``soft_cap`` c > 0 caps logits as c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2). Operands of
+    the head's product are cast to ``operand_dtype`` (that of ``hidden_BTD``, unless told). The backward pass makes each
+    chunk's logits again.
     """
     B, T, D = hidden_BTD.shape
+    score = partial(_chunk_scores, temperature=temperature, soft_cap=soft_cap, operand_dtype=operand_dtype)
+    score = jax.checkpoint(score, policy=jax.checkpoint_policies.nothing_saveable)
+    chunks = _chunks(chunk, hidden_BTD, tokens_BT)
+    scores = jax.lax.map(lambda part: score(part[0], head_DV, part[1]), chunks)
+    return tuple(_joined(x, T) for x in scores)
+
+
+def chunked_cross_entropy(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    tokens_BT: jax.Array,
+    weight_BT: jax.Array,
+    *,
+    chunk: int,
+    z_coef: float = 0.0,
+    soft_cap: float = 0.0,
+    operand_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(loss, logp_BT): ``cross_entropy`` of ``chunked_token_logprobs``, for weights that are known before the forward
+    pass.
+
+    Then each chunk's gradient can be made while its logits exist, so the head is multiplied three times instead of
+    four. ``logp_BT`` is for metrics and carries no gradient.
+    """
+    options = (chunk, z_coef, soft_cap, operand_dtype)
+    loss, logp_BT = _cross_entropy(hidden_BTD, head_DV, tokens_BT, jax.lax.stop_gradient(weight_BT), options)
+    return loss, jax.lax.stop_gradient(logp_BT)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cross_entropy(hidden_BTD, head_DV, tokens_BT, weight_BT, options):
+    chunk, z_coef, soft_cap, operand_dtype = options
+    logp_BT, logz_BT, _ = chunked_token_logprobs(
+        hidden_BTD, head_DV, tokens_BT, chunk=chunk, soft_cap=soft_cap, operand_dtype=operand_dtype
+    )
+    return cross_entropy(logp_BT, weight_BT, logz_BT=logz_BT, z_coef=z_coef), logp_BT
+
+
+def _cross_entropy_forward(hidden_BTD, head_DV, tokens_BT, weight_BT, options):
+    chunk, z_coef, soft_cap, operand_dtype = options
+    score = partial(_chunk_scores, temperature=1.0, soft_cap=soft_cap, operand_dtype=operand_dtype)
+
+    def part_loss(hidden_BTD, head_DV, tokens_BT, weight_BT):
+        logp_BT, logz_BT, _ = score(hidden_BTD, head_DV, tokens_BT)
+        return cross_entropy(logp_BT, weight_BT, logz_BT=logz_BT, z_coef=z_coef), logp_BT
+
+    def step(total, part):
+        part_hidden_BTD, part_tokens_BT, part_weight_BT = part
+        gradients = jax.value_and_grad(part_loss, argnums=(0, 1), has_aux=True)
+        (loss, logp_BT), (hidden_grad_BTD, head_grad_DV) = gradients(
+            part_hidden_BTD, head_DV, part_tokens_BT, part_weight_BT
+        )
+        return jax.tree.map(jnp.add, total, (loss, head_grad_DV)), (logp_BT, hidden_grad_BTD)
+
+    T = hidden_BTD.shape[1]
+    zeros = (jnp.zeros((), jnp.float32), jnp.zeros_like(head_DV))
+    (loss, head_grad_DV), (logp, hidden_grad) = jax.lax.scan(
+        step, zeros, _chunks(chunk, hidden_BTD, tokens_BT, weight_BT)
+    )
+    return (loss, _joined(logp, T)), (_joined(hidden_grad, T), head_grad_DV)
+
+
+def _cross_entropy_backward(options, gradients, cotangents):
+    hidden_grad_BTD, head_grad_DV = gradients
+    loss_grad, _ = cotangents
+    return loss_grad * hidden_grad_BTD, loss_grad * head_grad_DV, None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Each [B, T, ...] as [T / chunk, B, chunk, ...], padded with zeros to whole chunks."""
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 position")
-    chunk = min(chunk, T)
-    pad = -T % chunk
-    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, pad), (0, 0)))
-    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, pad)))
-    inputs = (_split(hidden_BTD, chunk), _split(tokens_BT, chunk))
 
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def scores(hidden_BTD, head_DV, tokens_BT):
-        logits_BTV = einsum("btd,dv->btv", hidden_BTD, head_DV, operand_dtype or hidden_BTD.dtype).astype(jnp.float32)
-        if soft_cap:
-            logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
-        return _scores(logits_BTV / temperature, tokens_BT)
+    def cut(x):
+        B, T, *rest = x.shape
+        length = min(chunk, T)
+        x = jnp.pad(x, ((0, 0), (0, -T % length), *((0, 0) for _ in rest)))
+        return jnp.moveaxis(x.reshape(B, -1, length, *rest), 1, 0)
 
-    chunks = jax.lax.map(lambda chunk: scores(chunk[0], head_DV, chunk[1]), inputs)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T + pad)[:, :T] for x in chunks)
+    return tuple(map(cut, arrays))
 
 
-def _split(x, chunk):
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]."""
-    B, T, *rest = x.shape
-    return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *rest), 1, 0)
+def _joined(chunks: jax.Array, T: int) -> jax.Array:
+    """[T / chunk, B, chunk, ...] back as the first T positions of [B, T, ...]."""
+    _, B, _, *rest = chunks.shape
+    return jnp.moveaxis(chunks, 0, 1).reshape(B, -1, *rest)[:, :T]
+
+
+def _chunk_scores(hidden_BTD, head_DV, tokens_BT, *, temperature, soft_cap, operand_dtype):
+    logits_BTV = einsum("btd,dv->btv", hidden_BTD, head_DV, operand_dtype or hidden_BTD.dtype).astype(jnp.float32)
+    if soft_cap:
+        logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
+    return _scores(logits_BTV / temperature, tokens_BT)
 
 
 def _scores(logits_BTV, tokens_BT):
-    """(logp, logz, entropy). The target is picked by comparison: a gather along a sharded vocabulary is an error, and id -1 would wrap."""
+    """(logp, logz, entropy). The target is picked by comparison: a gather along a sharded vocabulary is an error, and
+    id -1 would wrap.
+    """
     vocabulary_11V = jnp.arange(logits_BTV.shape[-1])[None, None, :]
     logz_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     target_BT = jnp.sum(jnp.where(vocabulary_11V == tokens_BT[..., None], logits_BTV, 0.0), axis=-1)

@@ -1,7 +1,8 @@
 """Weights that normalise a batch, and the cross-entropy that they weigh.
 
-Normalisation is data: a batch's ``weight_BT`` is made once over the global batch (any leading micro-batch axes included) and sums to 1, so
-every loss is ``sum(weight_BT * per_token_BT)`` and micro-batches, hosts and devices just add.
+Normalisation is data: a batch's ``weight_BT`` is made once over the global batch (any leading micro-batch axes
+included) and sums to 1, so every loss is ``sum(weight_BT * per_token_BT)`` and micro-batches, hosts and devices just
+add.
 """
 
 import jax
@@ -17,7 +18,8 @@ def token_weights(mask_BT: jax.Array) -> jax.Array:
 
 
 def sequence_weights(mask_BT: jax.Array) -> jax.Array:
-    """w = mask / (tokens of the row) / (rows that have any): every sequence counts the same (the mean of sequence means).
+    """w = mask / (tokens of the row) / (rows that have any): every sequence counts the same (the mean of sequence
+    means).
 
     Works on [..., B, T] and sums to 1 over all axes; empty rows get zeros and do not count.
     """
@@ -27,9 +29,11 @@ def sequence_weights(mask_BT: jax.Array) -> jax.Array:
 
 
 def constant_weights(mask_BT: jax.Array, *, length: int) -> jax.Array:
-    """w = mask / (length * rows): each row's sum over a constant length (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section 3.2).
+    """w = mask / (length * rows): each row's sum over a constant length (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783,
+    section 3.2).
 
-    The weights of full rows sum to 1; shorter rows weigh less in all, so that no token's weight depends on its row's length.
+    The weights of full rows sum to 1; shorter rows weigh less in all, so that no token's weight depends on its row's
+    length.
     """
     rows = mask_BT.size // mask_BT.shape[-1]
     return mask_BT / jnp.float32(length * rows)
@@ -40,8 +44,8 @@ def cross_entropy(
 ) -> jax.Array:
     """sum of weight * (-logp + z_coef * logz^2), a scalar.
 
-    The z-loss keeps log-partition values near 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5); ``logz_BT`` is needed where
-    ``z_coef`` is not 0 (``ValueError``).
+    The z-loss keeps log-partition values near 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5); ``logz_BT``
+    is needed where ``z_coef`` is not 0 (``ValueError``).
     """
     per_token_BT = -logp_BT
     if z_coef:
@@ -50,5 +54,6 @@ def cross_entropy(
                 f"z_coef={z_coef} needs logz_BT, which chunked_token_logprobs returns beside the log-probabilities"
             )
         per_token_BT = per_token_BT + z_coef * jnp.square(logz_BT)
-    # Masked positions are deleted, not multiplied by zero: their log-probabilities may be anything, infinities included.
+    # Masked positions are deleted, not multiplied by zero: their log-probabilities may be anything, infinities
+    # included.
     return jnp.sum(jnp.where(weight_BT > 0, weight_BT * per_token_BT, 0.0))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.sharding import spec
+from jaxllm.model.single_query import single_query
 
 
 class Visibility(NamedTuple):
@@ -49,54 +49,77 @@ def attend(
     Grouped queries (Ainslie et al. 2023, arXiv:2305.13245): query head n reads key-value head n // (N / K). ``soft_cap`` c > 0 caps
     scores as c tanh(score / c). ``implementation`` names a row of ``IMPLEMENTATIONS``; a single query has its own.
     """
-    function = _single_query if q_BTNH.shape[1] == 1 else IMPLEMENTATIONS[implementation]
-    function = partial(function, scale=scale, soft_cap=soft_cap, operand_dtype=operand_dtype)
-    return _per_shard(function)(q_BTNH, k_BSKH, v_BSKH, visibility)
+    function = single_query if q_BTNH.shape[1] == 1 else IMPLEMENTATIONS[implementation]
+    return function(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype)
 
 
-def _per_shard(function):
-    """``function`` on each device's own sequences and heads: attention never mixes either, so no kernel needs to know of the mesh."""
-    if spec("b") is None:
-        return function
-    return jax.shard_map(function, out_specs=spec("btnh"))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _einsum(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype):
+    """Plain products with operands in ``operand_dtype``, backward too; the backward pass makes the [B, N, T, S] weights again."""
+    return _einsum_forward(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype)[0]
 
 
-def _einsum(q_BTNH, k_BSKH, v_BSKH, visibility, *, scale, soft_cap, operand_dtype):
-    """Plain matrix products: right everywhere, [B, N, T, S] scores in memory."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H).astype(operand_dtype)
+def _einsum_forward(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype):
+    q_BTKGH = _grouped(q_BTNH, k_BSKH.shape[2]).astype(operand_dtype)
     k_BSKH, v_BSKH = k_BSKH.astype(operand_dtype), v_BSKH.astype(operand_dtype)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    weights_BKGTS, _ = _weights(q_BTKGH, k_BSKH, visibility, scale, soft_cap)
+    out_BTKGH = _wide("bkgts,bskh->btkgh", weights_BKGTS.astype(operand_dtype), v_BSKH)
+    return out_BTKGH.reshape(q_BTNH.shape).astype(q_BTNH.dtype), (q_BTKGH, k_BSKH, v_BSKH, visibility)
+
+
+def _einsum_backward(scale, soft_cap, operand_dtype, residuals, out_grad_BTNH):
+    q_BTKGH, k_BSKH, v_BSKH, visibility = residuals
+    dtype = out_grad_BTNH.dtype
+    g_BTKGH = _grouped(out_grad_BTNH, k_BSKH.shape[2]).astype(operand_dtype)
+    weights_BKGTS, slope_BKGTS = _weights(q_BTKGH, k_BSKH, visibility, scale, soft_cap)
+    v_grad_BSKH = _over_queries(weights_BKGTS.astype(operand_dtype), g_BTKGH)
+    grad_BKGTS = _wide("btkgh,bskh->bkgts", g_BTKGH, v_BSKH)
+    mean_BKGT1 = jnp.sum(weights_BKGTS * grad_BKGTS, axis=-1, keepdims=True)
+    grad_BKGTS = (weights_BKGTS * (grad_BKGTS - mean_BKGT1) * slope_BKGTS * scale).astype(operand_dtype)
+    q_grad_BTNH = _wide("bkgts,bskh->btkgh", grad_BKGTS, k_BSKH).reshape(out_grad_BTNH.shape)
+    k_grad_BSKH = _over_queries(grad_BKGTS, q_BTKGH)
+    return q_grad_BTNH.astype(dtype), k_grad_BSKH.astype(dtype), v_grad_BSKH.astype(dtype), None
+
+
+_einsum.defvjp(_einsum_forward, _einsum_backward)
+_wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _grouped(x_BTNH, K):
+    B, T, N, H = x_BTNH.shape
+    return x_BTNH.reshape(B, T, K, N // K, H)
+
+
+def _weights(q_BTKGH, k_BSKH, visibility, scale, soft_cap):
+    """(attention weights, slope of the soft cap at each score), float32."""
+    scores_BKGTS, slope_BKGTS = _wide("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * scale, 1.0
     if soft_cap:
-        scores_BKGTS = soft_cap * jnp.tanh(scores_BKGTS / soft_cap)
+        capped_BKGTS = jnp.tanh(scores_BKGTS / soft_cap)
+        scores_BKGTS, slope_BKGTS = soft_cap * capped_BKGTS, 1.0 - jnp.square(capped_BKGTS)
+    # The lowest finite score and not -inf: a query that sees nothing gets even weights instead of NaN.
     scores_BKGTS = jnp.where(visibility.mask_BTS()[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(operand_dtype)
-    out_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH, preferred_element_type=q_BTNH.dtype)
-    return out_BTKGH.reshape(B, T, N, H)
+    return jax.nn.softmax(scores_BKGTS, axis=-1), slope_BKGTS
 
 
-def _single_query(q_BTNH, k_BSKH, v_BSKH, visibility, *, scale, soft_cap, operand_dtype):
-    """A weighted sum without matrix products: for one query they are slow on a CPU (20 times in bfloat16) and bound by memory elsewhere.
+def _over_queries(a_BKGTS, b_BTKGH):
+    """The sum over queries, [B, S, K, H]. Summed over halves of T as well as within them: XLA's CPU backend runs a product with two
+    summed dimensions fast, and one over T alone slowly or, in bfloat16 and depending on layouts, not at all."""
+    B, K, G, T, S = a_BKGTS.shape
+    if T % 2:
+        return _wide("bkgts,btkgh->bskh", a_BKGTS.astype(jnp.float32), b_BTKGH.astype(jnp.float32))
+    a, b = a_BKGTS.reshape(B, K, G, 2, T // 2, S), b_BTKGH.reshape(B, 2, T // 2, K, G, -1)
+    return _wide("bkgets,betkgh->bskh", a, b)
 
-    Operands are rounded as ``_einsum`` rounds them, so that generation and training agree.
-    """
-    B, _, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BKGH = _rounded(q_BTNH.reshape(B, K, N // K, H), operand_dtype)
-    k_BKHS, v_BKSH = (_rounded(x, operand_dtype) for x in (k_BSKH.transpose(0, 2, 3, 1), v_BSKH.transpose(0, 2, 1, 3)))
-    scores_BKGS = jnp.sum(q_BKGH[..., None] * k_BKHS[:, :, None], axis=3) * scale
+
+def _dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype):
+    """JAX's own ``dot_product_attention``; it has no soft cap."""
     if soft_cap:
-        scores_BKGS = soft_cap * jnp.tanh(scores_BKGS / soft_cap)
-    scores_BKGS = jnp.where(visibility.mask_BTS()[:, None], scores_BKGS, jnp.finfo(jnp.float32).min)
-    weights_BKGS = _rounded(jax.nn.softmax(scores_BKGS, axis=-1), operand_dtype)
-    out_BKGH = jnp.sum(weights_BKGS[..., None] * v_BKSH[:, :, None], axis=3)
-    return out_BKGH.reshape(B, 1, N, H).astype(q_BTNH.dtype)
-
-
-def _rounded(x, dtype):
-    """``x`` in float32 with the precision of ``dtype``."""
-    return jax.lax.reduce_precision(x.astype(jnp.float32), jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
+        raise ValueError(
+            f"model.attention='dot_product' has no soft cap (model.attention_soft_cap={soft_cap}); use 'einsum'"
+        )
+    q, k, v = (x.astype(operand_dtype) for x in (q_BTNH, k_BSKH, v_BSKH))
+    mask_B1TS = visibility.mask_BTS()[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, scale=scale).astype(q_BTNH.dtype)
 
 
 def _per_sequence(q_BTNH, k_BSKH, v_BSKH, visibility, **options):
@@ -110,7 +133,7 @@ def _per_sequence(q_BTNH, k_BSKH, v_BSKH, visibility, **options):
     return jax.lax.map(one, (q_BTNH, k_BSKH, v_BSKH, visibility._replace(window=None)))
 
 
-def _dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, *, scale, soft_cap, operand_dtype):
+def _dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype):
     """JAX's own ``dot_product_attention``; it has no soft cap."""
     if soft_cap:
         raise ValueError(
@@ -121,4 +144,4 @@ def _dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, *, scale, soft_cap, operand
     return jax.nn.dot_product_attention(q, k, v, mask=mask_B1TS, scale=scale).astype(q_BTNH.dtype)
 
 
-IMPLEMENTATIONS = {"einsum": _einsum, "per_sequence": _per_sequence, "dot_product": _dot_product}
+IMPLEMENTATIONS = {"einsum": _einsum, "dot_product": _dot_product}

@@ -1,20 +1,25 @@
-"""The architecture of a decoder as plain numbers: Llama, Qwen, Mistral, SmolLM, OLMo and Gemma are values of one dataclass."""
+"""The architecture of a decoder as plain numbers: Llama, Qwen, Mistral, SmolLM, OLMo and Gemma are values of one
+dataclass.
+"""
 
 import dataclasses
 
-# What a layer of the repeated pattern may be: full attention, attention inside a sliding window, full attention without RoPE.
+# What a layer of the repeated pattern may be: full attention, attention inside a sliding window, full attention without
+# RoPE.
 LAYER_KINDS = ("global", "local", "nope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 QK_NORMS = ("none", "head", "all")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "projections")
-ATTENTIONS = ("einsum", "per_sequence", "dot_product")
+ATTENTIONS = ("einsum", "dot_product")
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the variants that stretch it beyond the trained length."""
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the variants that stretch it beyond the trained
+    length.
+    """
 
     theta: float  # base of the wavelengths
     local_theta: float  # base in local layers; 0 means theta, and then scaling applies to local layers too
@@ -82,10 +87,12 @@ class DecoderConfig:
     def __post_init__(self):
         if self.vocab_size < 0:
             raise ValueError(f"model.vocab_size={self.vocab_size} must be at least 1, or 0 to take the tokenizer's")
-        sizes = ("num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_width", "unroll", "loss_chunk")
+        sizes = ("num_layers", "width", "mlp_width", "num_heads", "num_kv_heads", "head_width", "loss_chunk")
         for key in sizes:
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        if self.unroll < 0:
+            raise ValueError(f"model.unroll={self.unroll} must be at least 1, or 0 to unroll all layers")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}"
@@ -117,6 +124,19 @@ class DecoderConfig:
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer: the pattern repeated over the depth."""
         return tuple(self.layer_pattern[layer % len(self.layer_pattern)] for layer in range(self.num_layers))
+
+    def with_vocabulary(self, size: int) -> "DecoderConfig":
+        """This architecture for a tokenizer of ``size`` ids; a smaller ``vocab_size`` than that is an error, 0 takes
+        it.
+        """
+        if self.vocab_size == 0:
+            return dataclasses.replace(self, vocab_size=size)
+        if self.vocab_size < size:
+            raise ValueError(
+                f"model.vocab_size={self.vocab_size} is smaller than the tokenizer's {size}: "
+                "ids past its end would have no row; raise it, or set 0 to take the tokenizer's"
+            )
+        return self
 
 
 def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:

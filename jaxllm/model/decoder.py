@@ -1,4 +1,6 @@
-"""The decoder as pure functions over a plain dict of parameters, its blocks stacked on a leading layer axis and scanned."""
+"""The decoder as pure functions over a plain dict of parameters, its blocks stacked on a leading layer axis and
+scanned.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +32,7 @@ class Model(NamedTuple):
     forward: Callable  # (params, tokens_BT, *, positions_BT, segments_BT, dropout_key) -> logits_BTV
     hidden: Callable  # the same -> hidden_BTD, what chunked_token_logprobs takes
     score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature) -> (logp_BT, logz_BT, entropy_BT)
+    cross_entropy: Callable  # (params, hidden_BTD, tokens_BT, weight_BT, *, z_coef) -> (loss, logp_BT)
     cache: Callable  # (batch_size, length) -> cache
     extend: Callable  # (params, cache, tokens_BT, lengths_B) -> (logits_BV, cache)
     decode: Callable  # (params, cache, tokens_B) -> (logits_BV, cache)
@@ -54,6 +57,7 @@ def build(config: DecoderConfig) -> Model:
         forward=lambda params, tokens_BT, **options: heads.logits(config, params, hidden(params, tokens_BT, **options)),
         hidden=hidden,
         score=partial(heads.score, config),
+        cross_entropy=partial(heads.cross_entropy, config),
         cache=partial(decoding.empty_cache, config),
         extend=extend,
         decode=lambda params, cache, tokens_B: extend(params, cache, tokens_B[:, None], jnp.ones_like(tokens_B)),
@@ -63,7 +67,8 @@ def build(config: DecoderConfig) -> Model:
 def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
     """(pattern of a parameter's name, letters of its dimensions), which place it on the mesh.
 
-    A dot is a dimension that stays whole whatever it is: vectors of the model's width are added to activations on every device.
+    A dot is a dimension that stays whole whatever it is: vectors of the model's width are added to activations on every
+    device.
     """
     all_heads = config.qk_norm == "all"
     return (
@@ -113,8 +118,8 @@ def _init(config: DecoderConfig, inits: dict[str, Callable], key: jax.Array) -> 
 def _hidden(config, apply, params, tokens_BT, *, positions_BT=None, segments_BT=None, dropout_key=None):
     """The final norm's output [B, T, D] for each position.
 
-    ``positions_BT`` count from 0 in each document (0..T-1 unless told); ``segments_BT`` number the documents of a packed row, and attention
-    never crosses from one to another; ``dropout_key`` switches dropout on.
+    ``positions_BT`` count from 0 in each document (0..T-1 unless told); ``segments_BT`` number the documents of a
+    packed row, and attention never crosses from one to another; ``dropout_key`` switches dropout on.
     """
     if positions_BT is None:
         positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
@@ -133,6 +138,6 @@ def _hidden(config, apply, params, tokens_BT, *, positions_BT=None, segments_BT=
 
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
     x_BTD, _ = jax.lax.scan(
-        block, x_BTD, (params["blocks"], kinds.index_L, keys), unroll=min(config.unroll, config.num_layers)
+        block, x_BTD, (params["blocks"], kinds.index_L, keys), unroll=min(config.unroll or config.num_layers, config.num_layers)
     )
     return apply["final_norm"](params["final_norm"], x_BTD)

@@ -14,6 +14,7 @@ from jaxllm.model import heads
 from jaxllm.model.attention import Visibility
 from jaxllm.model.config import DecoderConfig
 from jaxllm.model.kinds import LayerKinds
+from jaxllm.model.single_query import rounded
 from jaxllm.sharding import spec
 from jaxllm.tree import Tree, map_named
 
@@ -33,6 +34,19 @@ def empty_cache(config: DecoderConfig, batch_size: int, length: int) -> Tree:
         for _ in range(config.num_layers)
     )
     return {"layers": layers, "length_B": jnp.zeros((B,), jnp.int32, out_sharding=spec("b"))}
+
+
+def lengthened(cache: Tree, length: int) -> Tree:
+    """The cache with room for ``length`` positions, copied once."""
+    S = cache["layers"][0]["key"].shape[3]
+    layers = tuple(
+        {
+            "key": jnp.pad(layer["key"], ((0, 0), (0, 0), (0, 0), (0, length - S))),
+            "value": jnp.pad(layer["value"], ((0, 0), (0, 0), (0, length - S), (0, 0))),
+        }
+        for layer in cache["layers"]
+    )
+    return cache | {"layers": layers}
 
 
 def ready(config: DecoderConfig, params: Tree) -> Tree:
@@ -66,7 +80,7 @@ def extend(config, apply, params, cache, tokens_BT, lengths_B):
     layers = []
     for layer, old in enumerate(cache["layers"]):
         table, window = kinds.of(None if kinds.index_L is None else kinds.index_L[layer])
-        keep = partial(_append, old, cache["length_B"])
+        keep = partial(_append, config.operand_dtype, old, cache["length_B"])
         x_BTD, (k_BSKH, v_BSKH) = apply["blocks"](
             params["blocks"][layer], x_BTD, table, visibility._replace(window=window), keep, None
         )
@@ -78,11 +92,14 @@ def extend(config, apply, params, cache, tokens_BT, lengths_B):
     return logits_BV, {"layers": tuple(layers), "length_B": cache["length_B"] + lengths_B}
 
 
-def _append(old, start_B, k_BTKH, v_BTKH):
+def _append(operand_dtype, old, start_B, k_BTKH, v_BTKH):
     """The layer's cache with new keys and values from ``start_B`` on, seen as (k_BSKH, v_BSKH)."""
+    k_BTKH, v_BTKH = rounded(k_BTKH, operand_dtype), rounded(v_BTKH, operand_dtype)
     key_BKHS = _per_shard(_write_keys, "bkhs")(old["key"], k_BTKH, start_B)
     value_BKSH = _per_shard(_write_values, "bksh")(old["value"], v_BTKH, start_B)
-    return key_BKHS.transpose(0, 3, 1, 2), value_BKSH.transpose(0, 2, 1, 3)
+    seen = key_BKHS.transpose(0, 3, 1, 2), value_BKSH.transpose(0, 2, 1, 3)
+    # A product may not take its operand straight from the cache's layout: XLA's CPU backend has no such bfloat16 product.
+    return seen if k_BTKH.shape[1] == 1 else jax.lax.optimization_barrier(seen)
 
 
 @jax.vmap

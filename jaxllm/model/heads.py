@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.einsum import einsum
-from jaxllm.losses import chunked_token_logprobs
+from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs
 from jaxllm.model.config import DecoderConfig
 from jaxllm.sharding import place
 from jaxllm.tree import Tree
@@ -21,14 +21,32 @@ def logits(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array) -> jax.Ar
     return config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap) if config.logit_soft_cap else logits_BTV
 
 
-def score(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0):
-    """(logp_BT, logz_BT, entropy_BT) of ``tokens_BT`` under this model's head: ``chunked_token_logprobs`` as the config says."""
+def score(
+    config: DecoderConfig, params: Tree, hidden_BTD: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0
+):
+    """(logp_BT, logz_BT, entropy_BT) of ``tokens_BT`` under this model's head: ``chunked_token_logprobs`` as the config
+    says.
+    """
     return chunked_token_logprobs(
         hidden_BTD,
         place(head(config, params), "dv"),
         tokens_BT,
         chunk=config.loss_chunk,
         temperature=temperature,
+        soft_cap=config.logit_soft_cap,
+        operand_dtype=config.operand_dtype,
+    )
+
+
+def cross_entropy(config: DecoderConfig, params: Tree, hidden_BTD, tokens_BT, weight_BT, *, z_coef: float = 0.0):
+    """(loss, logp_BT) of ``tokens_BT`` under this model's head: ``chunked_cross_entropy`` as the config says."""
+    return chunked_cross_entropy(
+        hidden_BTD,
+        place(head(config, params), "dv"),
+        tokens_BT,
+        weight_BT,
+        chunk=config.loss_chunk,
+        z_coef=z_coef,
         soft_cap=config.logit_soft_cap,
         operand_dtype=config.operand_dtype,
     )

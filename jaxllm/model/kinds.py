@@ -1,4 +1,6 @@
-"""What differs from layer to layer inside one scanned block: the RoPE table and the attention window, chosen by a scanned index."""
+"""What differs from layer to layer inside one scanned block: the RoPE table and the attention window, chosen by a
+scanned index.
+"""
 
 import jax
 import jax.numpy as jnp

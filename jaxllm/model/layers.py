@@ -1,4 +1,6 @@
-"""The layers of a transformer as Flax NNX modules: parameters in float32, every product with a parameter through the one ``einsum``."""
+"""The layers of a transformer as Flax NNX modules: parameters in float32, every product with a parameter through the
+one ``einsum``.
+"""
 
 import math
 import re
@@ -15,7 +17,8 @@ from jaxllm.model.attention import Visibility, attend
 from jaxllm.model.config import DecoderConfig
 from jaxllm.sharding import place, spec
 
-# (k_BTKH, v_BTKH) of the new tokens -> (k_BSKH, v_BSKH) to look at: the same in training, a cache with them in it in generation.
+# (k_BTKH, v_BTKH) of the new tokens -> (k_BSKH, v_BSKH) to look at: the same in training, a cache with them in it in
+# generation.
 Keep = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 ACTIVATIONS = {
@@ -45,8 +48,8 @@ class RMSNorm(nnx.Module):
 class Projection(nnx.Module):
     """x . kernel + bias along the dimensions that ``equation`` names.
 
-    The kernel starts as a normal of standard deviation ``gain`` / sqrt(inputs), cut at two deviations (LeCun et al. 1998, "Efficient
-    BackProp", section 4.6); the bias starts at 0.
+    The kernel starts as a normal of standard deviation ``gain`` / sqrt(inputs), cut at two deviations (LeCun et al.
+    1998, "Efficient BackProp", section 4.6); the bias starts at 0.
     """
 
     def __init__(
@@ -71,7 +74,9 @@ class Projection(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions, optional query and key norms, and keys and values kept by the caller's rule."""
+    """Grouped-query attention with rotary positions, optional query and key norms, and keys and values kept by the
+    caller's rule.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, N, K, H = config.width, config.num_heads, config.num_kv_heads, config.head_width
@@ -142,7 +147,9 @@ class Block(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A row per token id, times ``embedding_scale``. Rows start as normals of deviation 0.02 (GPT-2, Radford et al. 2019, section 2.3's code)."""
+    """A row per token id, times ``embedding_scale``. Rows start as normals of deviation 0.02 (GPT-2, Radford et al.
+    2019, section 2.3's code).
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
@@ -159,14 +166,17 @@ def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability ``rate`` and scales the rest by 1 / (1 - rate); the identity without a key."""
+    """Zeroes each element with probability ``rate`` and scales the rest by 1 / (1 - rate); the identity without a key.
+    """
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
 def residual_gain(config: DecoderConfig) -> float:
-    """1 / sqrt(2 L) for projections into the residual stream, so that its variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3)."""
+    """1 / sqrt(2 L) for projections into the residual stream, so that its variance does not grow with depth (GPT-2,
+    Radford et al. 2019, section 2.3).
+    """
     return (2 * config.num_layers) ** -0.5
 
 

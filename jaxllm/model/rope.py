@@ -16,8 +16,9 @@ from jaxllm.sharding import spec
 def wavelengths(config: RopeConfig, head_width: int, *, local: bool) -> tuple[np.ndarray, float]:
     """(inverse frequencies [H / 2] in float64 of radians per position, factor on the attention's cosines and sines).
 
-    Sources: linear interpolation, Chen et al. 2023 (arXiv:2306.15595); llama3, the Llama 3.1 report (arXiv:2407.21783, section 3.4.2 and
-    its reference code); yarn, Peng et al. 2023 (arXiv:2309.00071, equations 19 to 23), whose factor 0.1 ln(s) + 1 scales q and k.
+    Sources: linear interpolation, Chen et al. 2023 (arXiv:2306.15595); llama3, the Llama 3.1 report (arXiv:2407.21783,
+    section 3.4.2 and its reference code); yarn, Peng et al. 2023 (arXiv:2309.00071, equations 19 to 23), whose factor
+    0.1 ln(s) + 1 scales q and k.
     """
     own_theta = local and config.local_theta > 0
     theta = config.local_theta if own_theta else config.theta
@@ -47,8 +48,8 @@ def _rotating(config, theta, head_width, turns):
 def table(config: RopeConfig, head_width: int, positions_BT: jax.Array, kind: str) -> jax.Array:
     """Cosines and sines for a layer of this kind, float32 [2, B, T, H / 2], exact to 1e-6 for positions below 2**20.
 
-    A float32 product of position and frequency would be off by 1e-4 at position 4095 (a bfloat16 one by 1.5). Positions are cut into
-    1024 a + b instead, both tables are made in float64, and the two rotations are multiplied.
+    A float32 product of position and frequency would be off by 1e-4 at position 4095 (a bfloat16 one by 1.5). Positions
+    are cut into 1024 a + b instead, both tables are made in float64, and the two rotations are multiplied.
     """
     inverse, factor = wavelengths(config, head_width, local=kind == "local")
     if kind == "nope":

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxllm.text import tokenizer
 from jaxllm.text.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ class TokenizerConfig:
 
 def prepare(config: TokenizerConfig, texts: Iterable[str], *, directory: str | os.PathLike) -> Tokenizer:
     """The tokenizer saved in ``directory``, or else the one that ``config`` describes, learned from ``texts`` and saved there."""
-    if os.path.isdir(directory):
+    if (Path(directory) / tokenizer.DESCRIPTION).exists():  # written last, so the rest is there
         return tokenizer.load(directory)
     made = _made(config, texts)
     made.save(directory)

@@ -20,7 +20,7 @@ from jaxllm.text.special_tokens import BOS_ID, EOS_ID, NUM_SPECIAL_TOKENS, PAD_I
 _SPACE_MARK = "\u2581"  # how SentencePiece spells a space inside its pieces
 _CUTS = re.compile("([\n\u2581])")  # encoded as bytes, by us: see `SentencePieceTokenizer`
 _UNTRAINABLE = re.compile("[\0\t\n\r\u2581\u2585]")  # SentencePiece skips a sentence with one of these, or cuts at it
-_DESCRIPTION, _MODEL, _BYTE_LENGTHS = "tokenizer.json", "tokenizer.model", "byte_lengths.npy"
+DESCRIPTION, _MODEL, _BYTE_LENGTHS = "tokenizer.json", "tokenizer.model", "byte_lengths.npy"
 
 
 class Tokenizer:
@@ -79,9 +79,9 @@ class Tokenizer:
             "special_tokens": SPECIAL_TOKENS,
         }
         # last, and by renaming: a directory with a description is whole
-        partial = directory / (_DESCRIPTION + ".partial")
+        partial = directory / (DESCRIPTION + ".partial")
         partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        partial.replace(directory / _DESCRIPTION)
+        partial.replace(directory / DESCRIPTION)
 
     def _checked(self, token: int) -> int:
         if not 0 <= token < self.vocab_size:
@@ -174,9 +174,9 @@ def train(texts: Iterable[str], *, vocab_size: int, max_bytes: int = 2**28) -> S
 
 def load(directory: str | os.PathLike) -> Tokenizer:
     """Reads what `save` wrote. Raises FileNotFoundError where it is missing, ValueError where it was changed."""
-    path = Path(directory) / _DESCRIPTION
+    path = Path(directory) / DESCRIPTION
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer in {directory}: {_DESCRIPTION} is missing; give where one was saved")
+        raise FileNotFoundError(f"no tokenizer in {directory}: {DESCRIPTION} is missing; give where one was saved")
     description = json.loads(path.read_text(encoding="utf-8"))
     kinds = (ByteTokenizer.kind, SentencePieceTokenizer.kind)
     if description["kind"] not in kinds:
@@ -189,7 +189,7 @@ def load(directory: str | os.PathLike) -> Tokenizer:
         found = error
     if found != description["fingerprint"]:
         raise ValueError(
-            f"the tokenizer in {directory} was changed or cut short: fingerprint {found}, where {_DESCRIPTION} says "
+            f"the tokenizer in {directory} was changed or cut short: fingerprint {found}, where {DESCRIPTION} says "
             f"{description['fingerprint']}; save it again"
         )
     return tokenizer

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses import cross_entropy
 from jaxllm.metrics import Ratio
 from jaxllm.model import Model
 from jaxllm.tree import Tree
@@ -32,8 +31,8 @@ class ObjectiveConfig:
 def next_token(model: Model, config: ObjectiveConfig) -> Objective:
     """Cross-entropy of each next token with the z-loss: pretraining, and every stage that imitates text.
 
-    The batch holds ``tokens_BT``, ``targets_BT``, ``positions_BT``, ``segments_BT``, ``mask_BT`` and ``weight_BT``; with a
-    ``dropout_key`` dropout is on. The metric ``nll`` is in nats per unmasked token, whatever the weights.
+    The batch holds ``tokens_BT``, ``targets_BT``, ``positions_BT``, ``segments_BT``, ``mask_BT`` and ``weight_BT``;
+    with a ``dropout_key`` dropout is on. The metric ``nll`` is in nats per unmasked token, whatever the weights.
     """
 
     def objective(params: Tree, batch: Batch):
@@ -44,9 +43,8 @@ def next_token(model: Model, config: ObjectiveConfig) -> Objective:
             segments_BT=batch["segments_BT"],
             dropout_key=batch.get("dropout_key"),
         )
-        logp_BT, logz_BT, _ = model.score(params, hidden_BTD, batch["targets_BT"])
-        loss = cross_entropy(logp_BT, batch["weight_BT"], logz_BT=logz_BT, z_coef=config.z_coef)
-        mask_BT = batch["mask_BT"]
+        targets_BT, mask_BT = batch["targets_BT"], batch["mask_BT"]
+        loss, logp_BT = model.cross_entropy(params, hidden_BTD, targets_BT, batch["weight_BT"], z_coef=config.z_coef)
         nll = Ratio(-jnp.sum(jnp.where(mask_BT, logp_BT, 0.0)), jnp.sum(mask_BT, dtype=jnp.float32))
         return loss, {"nll": nll}
 

@@ -53,10 +53,11 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, *, steps: int, tokens_per_step: int) -> Callable[[jax.Array], jax.Array]:
-    """Learning rate of the update that takes ``step`` to ``step + 1``: linear warm-up to the peak, then the named decay over what is left.
+    """Learning rate of the update that takes ``step`` to ``step + 1``: linear warm-up to the peak, then the named decay
+    over what is left.
 
-    The first update has a rate above 0 and the last one ``final_fraction`` of the peak. ``"wsd"`` stays at the peak and decays linearly over
-    the last ``decay_fraction`` of the steps (Hu et al. 2024, arXiv:2404.06395, section 4.1).
+    The first update has a rate above 0 and the last one ``final_fraction`` of the peak. ``"wsd"`` stays at the peak and
+    decays linearly over the last ``decay_fraction`` of the steps (Hu et al. 2024, arXiv:2404.06395, section 4.1).
     """
     warmup = config.warmup if config.warmup_unit == "steps" else math.ceil(config.warmup / tokens_per_step)
     if warmup >= steps:
@@ -79,9 +80,11 @@ def schedule(config: OptimizerConfig, *, steps: int, tokens_per_step: int) -> Ca
 
 
 def optimizer(config: OptimizerConfig, rate: Callable, rules: tuple) -> optax.GradientTransformationExtraArgs:
-    """The chain: clip, scale, decay, learning rate; around it the freezing, the spike guard and the average of the parameters.
+    """The chain: clip, scale, decay, learning rate; around it the freezing, the spike guard and the average of the
+    parameters.
 
-    ``rules`` are the model's (pattern, letters) rows: Muon reads from them which axes of a stacked kernel are the matrix.
+    ``rules`` are the model's (pattern, letters) rows: Muon reads from them which axes of a stacked kernel are the
+    matrix.
     """
     steps = (
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -113,8 +116,9 @@ def _adafactor(config, rules):
 
 
 def _muon(config, rules):
-    """Jordan et al. 2024 on the blocks' kernels, AdamW on all else; updates are scaled to AdamW's size by 0.2 sqrt(larger side) (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2), so that both take one learning rate."""
+    """Jordan et al. 2024 on the blocks' kernels, AdamW on all else; updates are scaled to AdamW's size by 0.2
+    sqrt(larger side) (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that both take one learning rate.
+    """
     axes = partial(_matrix_axes, rules)
     matrices = optax.chain(
         optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
@@ -154,10 +158,12 @@ class SpikeState(NamedTuple):
 
 
 def skip_spikes(inner: optax.GradientTransformation, *, deviations: float) -> optax.GradientTransformationExtraArgs:
-    """Skips, on the device, the updates whose loss or gradient norm is more than so many deviations above its recent mean.
+    """Skips, on the device, the updates whose loss or gradient norm is more than so many deviations above its recent
+    mean.
 
-    "Recent" is the last 128 accepted updates, and none is skipped before there are 128 (OLMo 2, arXiv:2501.00656, section 3.1,
-    has the idea). A skipped update changes nothing but ``skipped``. ``update`` takes the loss as ``value``.
+    "Recent" is the last 128 accepted updates, and none is skipped before there are 128 (OLMo 2, arXiv:2501.00656,
+    section 3.1, has the idea). A skipped update changes nothing but ``skipped``. ``update`` takes the loss as
+    ``value``.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -188,7 +194,9 @@ class AverageState(NamedTuple):
 
 
 def average_parameters(decay: float) -> optax.GradientTransformation:
-    """Keeps average = decay * average + (1 - decay) * parameters after each update; last in the chain, it changes no update."""
+    """Keeps average = decay * average + (1 - decay) * parameters after each update; last in the chain, it changes no
+    update.
+    """
 
     def update(updates, state, params):
         average = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.average, params, updates)

@@ -28,8 +28,9 @@ def update(
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer update on a batch whose leaves lead with the micro-batch axis M.
 
-    ``loss(params, micro_batch) -> (scalar, metrics)`` is summed over micro-batches, and so are its metrics and its float32 gradients: since the
-    batch's weights are normalised over all of it, 1 and M micro-batches give the same update. Metrics gain ``loss`` and ``grad_norm`` (before clipping).
+    ``loss(params, micro_batch) -> (scalar, metrics)`` is summed over micro-batches, and so are its metrics and its
+    float32 gradients: since the batch's weights are normalised over all of it, 1 and M micro-batches give the same
+    update. Metrics gain ``loss`` and ``grad_norm`` (before clipping).
     """
     gradients = jax.value_and_grad(loss, has_aux=True)
 

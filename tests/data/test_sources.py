@@ -99,6 +99,7 @@ def test_the_fingerprint_is_of_content_order_and_field_not_of_place(tmp_path):
         ("a.parquet", b"PAR1 and no more", r"a.parquet is damaged or cut short .*: fetch it again"),
         ("a.md", b"text", r"a.md is of no kind that can be read: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_what_cannot_be_read_is_named_with_its_place_and_the_mend(tmp_path, name, data, message):
     path = written(tmp_path / name, data)

@@ -77,6 +77,11 @@ def test_the_sides_depend_on_the_content_alone(prepared, texts):
     assert held_out[0] == held_out[1] and held_out[2] == held_out[0] & set(texts[:40])
 
 
+def test_the_documents_that_are_held_out_never_change(prepared):
+    _, stores = prepared({"a": [str(number) for number in range(20)]}, validation=0.2)
+    assert sorted(texts_of(stores["a"].validation)) == ["15", "16", "7"]
+
+
 def test_documents_are_shuffled_in_the_store_and_equally_at_every_run(prepared, texts):
     _, stores = prepared({"a": texts, "b": texts})
     order = texts_of(stores["a"].train)
@@ -87,7 +92,7 @@ def test_documents_are_shuffled_in_the_store_and_equally_at_every_run(prepared, 
 
 def test_tail_holds_out_the_end_of_the_only_document_at_a_character(tmp_path):
     text = "aé漢" * 99 + "z"
-    for share in (0.1, 0.1005, 0.101):
+    for share in (0.1 + byte / len(text.encode()) for byte in range(6)):
         config = text_config(tmp_path, text, split="tail", validation=share)
         stores = prepare(config, TOKENIZER, directory=tmp_path / "cache")["a"]
         (head,), (tail,) = map(texts_of, stores)
@@ -189,6 +194,17 @@ def test_a_killed_tokenisation_is_never_taken_for_whole(tmp_path, texts):
     assert [place.name.split(".")[1][:8] for place in (tmp_path / "cache").iterdir()] == ["partial-"]
     stores = prepare(config, TOKENIZER, directory=tmp_path / "cache")["a"]
     assert sorted(texts_of(stores.train) + texts_of(stores.validation)) == sorted(texts)
+
+
+def test_only_the_last_renaming_gives_a_cache_its_name(prepared, texts, monkeypatch, tmp_path):
+    def failing(self, target):
+        assert (self / "validation/store.json").is_file()
+        raise OSError("no renaming today")
+
+    monkeypatch.setattr(tokens_module.Path, "rename", failing)
+    with pytest.raises(OSError, match="no renaming today"):
+        prepared({"a": texts})
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_process_that_finishes_second_takes_the_cache_of_the_first(prepared, texts, monkeypatch, tmp_path):

@@ -1,0 +1,82 @@
+"""The numbers of each step on their way into rows: fetched one step late, checked, averaged, and saved with the run."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxllm.data.loader import batch_fingerprint
+from jaxllm.metrics import Throughput, Write, fetch
+
+# Of these a row holds the last step's value; of everything else the mean over the steps since the row before.
+LAST = ("learning_rate", "skipped")
+
+
+@dataclasses.dataclass
+class Log:
+    """Averages between rows. A step's numbers are fetched while the next step runs, so that neither waits for the
+    other.
+    """
+
+    write: Write
+    throughput: Throughput
+    pending: tuple | None = None
+    step: int = 0
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    places: int = 0
+    speed: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def add(self, step: int, batch: Mapping[str, np.ndarray], measured: Mapping[str, Any]) -> None:
+        """Takes a step that was just dispatched, and checks the one before it (``FloatingPointError``)."""
+        self.settle()
+        self.pending = (step, batch, measured)
+        if not self.throughput.compiled:  # the first step's time is the compiler's: waited for, and reported apart
+            self.settle()
+            self._lap()
+
+    def settle(self) -> None:
+        """Waits for the step that is under way and checks that its loss is finite."""
+        if self.pending is None:
+            return
+        (self.step, batch, measured), self.pending = self.pending, None
+        row = fetch(measured)
+        if not math.isfinite(row["loss"]):
+            raise FloatingPointError(
+                f"the loss is {row['loss']} at step {self.step} (batch {batch_fingerprint(batch)}, "
+                f"gradient norm {row['grad_norm']}). The last checkpoint is sound. Try a lower optimizer.learning_rate, "
+                "a longer optimizer.warmup, optimizer.spike_deviations=6, or model.operand_dtype='float32'"
+            )
+        self.rows.append(row)
+        self.tokens += int(np.count_nonzero(batch["segments_BT"]))
+        self.places += batch["segments_BT"].size
+
+    def flush(self) -> None:
+        """Writes the row of the steps since the row before; nothing where there were none."""
+        self.settle()
+        if not self.rows:
+            return
+        row = {
+            name: value if name in LAST else float(np.mean([row[name] for row in self.rows]))
+            for name, value in self.rows[-1].items()
+        }
+        if self.places:
+            self._lap()
+        self.write(self.step, row | self.speed)
+        self.rows, self.speed = [], {}
+
+    def _lap(self) -> None:
+        self.speed |= self.throughput.lap(self.tokens, self.places - self.tokens)
+        self.tokens = self.places = 0
+
+    def position(self) -> dict[str, Any]:
+        """What a later process needs to write the very rows that this one would have written; JSON-able."""
+        self.settle()
+        return {"rows": self.rows, "tokens": self.tokens, "places": self.places, "total": self.throughput.tokens}
+
+    def restore(self, position: Mapping[str, Any]) -> None:
+        """Continues from what ``position`` returned."""
+        self.rows, self.tokens, self.places = list(position["rows"]), position["tokens"], position["places"]
+        self.throughput.tokens = position["total"]

@@ -1,0 +1,184 @@
+"""One laboratory for all tests: eight virtual devices, exact products, shared tiny models, and array names that cannot lie."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+import functools  # noqa: E402  JAX reads the two variables when it is first imported
+import re  # noqa: E402
+import sys  # noqa: E402
+
+import jax  # noqa: E402
+import jax.extend  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+sys.path.insert(0, str(ROOT))
+
+from configs import common  # noqa: E402
+from jaxllm import sharding  # noqa: E402
+from jaxllm.configure import section  # noqa: E402
+from jaxllm.losses import token_weights  # noqa: E402
+from jaxllm.model import DecoderConfig, build  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# A second run loads its programs instead of compiling them, small ones too.
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "tests"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_configure(config):
+    """Test files of different folders may have the same name, as the sources that they mirror have."""
+    config.option.importmode = "importlib"
+
+
+# ---- names are types ----
+
+SUFFIX = re.compile(r".*_([A-Z1]+)$")
+# These take any leading axes before the ones that they name, as their documentation says.
+ANY_LEADING_AXES = {"token_weights", "sequence_weights", "constant_weights"}
+
+
+def name_lies(code_name: str, local: dict) -> list[str]:
+    """What the suffixes of these local arrays say that is not so: another rank, or two sizes of one letter."""
+    sizes, lies = {"1": 1}, []
+    for name, value in local.items():
+        letters, shape = SUFFIX.match(name), getattr(value, "shape", None)
+        if letters is None or not isinstance(shape, tuple):
+            continue
+        letters = letters[1]
+        if code_name in ANY_LEADING_AXES:
+            shape = shape[-len(letters) :]
+        if len(shape) != len(letters):
+            lies.append(f"{name} has shape {shape}")
+            continue
+        for letter, size in zip(letters, shape, strict=True):
+            if sizes.setdefault(letter, size) != size:
+                lies.append(f"{name} has shape {shape}, but {letter} is {sizes[letter]} in this frame")
+    return lies
+
+
+def checker(folder: Path):
+    """A profile function that raises where a frame of a file under ``folder`` returns with a lying name."""
+    ours = functools.cache(lambda filename: Path(filename).is_relative_to(folder))
+
+    def check(frame, event, _):
+        if event != "return" or not ours(frame.f_code.co_filename):
+            return
+        if lies := name_lies(frame.f_code.co_name, frame.f_locals):
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+            raise AssertionError(f"{where}: {'; '.join(lies)}")
+
+    return check
+
+
+CHECK = checker(ROOT / "jaxllm")
+
+
+@pytest.fixture(autouse=True)
+def honest_names():
+    """Every array of the project that a test makes has the shape that its name says, while programs are traced too."""
+    sys.setprofile(CHECK)
+    yield
+    sys.setprofile(None)
+
+
+@pytest.fixture
+def name_checker():
+    """``checker``, to test the test."""
+    return checker
+
+
+# ---- tiny models ----
+
+SIZES = dict(vocab_size=40, num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_width=6)
+
+
+def _tiny(**changes) -> DecoderConfig:
+    defaults = dict(operand_dtype="float32", attention="einsum", loss_chunk=5)
+    return section(DecoderConfig, common.llama(**(SIZES | defaults | changes)))
+
+
+@functools.cache
+def _built(config: DecoderConfig):
+    model = build(config)
+    draw = np.random.default_rng(0)
+    # Scales that are not 1 and biases that are not 0, so that a test sees where they go.
+    params = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype("f"), jax.jit(model.init)(jax.random.key(0)))
+    return model, params
+
+
+def _packed_batch(M: int, B: int, T: int, vocab_size: int = SIZES["vocab_size"]) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(1)
+    batch = {name: np.zeros((B, T), np.int32) for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")}
+    batch["mask_BT"] = np.zeros((B, T), bool)
+    for b in range(B):
+        start, segment = 0, 1
+        end_of_row = draw.integers(T // 2, T + 1) if b else T
+        while start < end_of_row:
+            end = min(start + draw.integers(1, T), end_of_row)
+            document = draw.integers(1, vocab_size, end - start + 1)
+            batch["tokens_BT"][b, start:end], batch["targets_BT"][b, start:end] = document[:-1], document[1:]
+            batch["positions_BT"][b, start:end] = np.arange(end - start)
+            batch["segments_BT"][b, start:end], batch["mask_BT"][b, start:end] = segment, True
+            start, segment = end, segment + 1
+    batch["mask_BT"][B - 1] = False
+    batch["weight_BT"] = np.asarray(token_weights(batch["mask_BT"]))
+    return {name: x.reshape(M, B // M, T) for name, x in batch.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """A function: fields of DecoderConfig -> a tiny float32 decoder's config, every dimension of another length."""
+    return _tiny
+
+
+@pytest.fixture(scope="session")
+def built():
+    """A function: config -> (model, params), made once; no scale is 1 and no bias 0."""
+    return _built
+
+
+@pytest.fixture(scope="session")
+def packed_batch():
+    """A function: M, B, T -> a batch of packed documents of ragged lengths, its last row masked, as [M, B / M, T] arrays."""
+    return _packed_batch
+
+
+MESHES = ((1, 1, 1), (1, 4, 2), (2, 2, 2))
+
+
+@pytest.fixture(params=MESHES, ids=lambda shape: "x".join(map(str, shape)))
+def mesh(request):
+    """Each mesh of the tests, set."""
+    mesh = _mesh(*request.param)
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def _mesh(replica: int, fsdp: int, tensor: int):
+    return sharding.mesh(sharding.MeshConfig(replica, fsdp, tensor), jax.devices()[: replica * fsdp * tensor])
+
+
+@pytest.fixture(scope="session")
+def make_mesh():
+    """A function: replica, fsdp, tensor -> the mesh over the first devices."""
+    return _mesh
+
+
+@pytest.fixture(scope="session")
+def array_sizes():
+    """A function: jaxpr -> the size of every array that it or a program inside it makes."""
+
+    def sizes(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (variable.aval.size for variable in equation.outvars if hasattr(variable.aval, "size"))
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                yield from sizes(inner)
+
+    return sizes

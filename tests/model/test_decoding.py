@@ -1,0 +1,148 @@
+"""Cached decoding against the whole forward pass, and what the cache may and may not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import sharding
+from jaxllm.model import decoding, parameter_rules
+
+ARCHITECTURES = {
+    "grouped queries": {},
+    "soft caps and a sliding window": dict(
+        layer_pattern=("local", "global"),
+        sliding_window=4,
+        attention_soft_cap=5.0,
+        logit_soft_cap=3.0,
+        post_norm=True,
+        norm_offset=1.0,
+        embedding_scale=4.0,
+        activation="gelu_tanh",
+    ),
+    "layers without rope": dict(layer_pattern=("global", "nope"), qk_norm="head"),
+    "stretched rope": dict(rope={"scaling": "llama3", "factor": 8.0, "original_length": 8}, tied_head=False),
+    "biases": dict(qkv_bias=True, output_bias=True, mlp_bias=True, qk_norm="all"),
+}
+LENGTHS = np.array([5, 1, 3, 8])
+TOKENS = np.random.default_rng(0).integers(0, 40, (4, 20)).astype(np.int32)
+ROWS = np.arange(4)
+
+
+def decoded(model, params, steps):
+    """Logits [steps + 1, 4, V] after ragged prompts and after each of ``steps`` further tokens of each row."""
+    extend, decode = jax.jit(model.extend), jax.jit(model.decode)
+    logits, cache = extend(params, model.cache(4, 32), TOKENS[:, :8], LENGTHS)
+    outputs = [logits]
+    for step in range(steps):
+        logits, cache = decode(params, cache, TOKENS[ROWS, LENGTHS + step])
+        outputs.append(logits)
+    return np.stack(outputs)
+
+
+def forwarded(model, params, steps):
+    logits_BTV = np.asarray(jax.jit(model.forward)(params, TOKENS))
+    return np.stack([logits_BTV[ROWS, LENGTHS - 1 + step] for step in range(steps + 1)])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_cached_decoding_of_ragged_rows_equals_the_forward_pass_at_every_position(name, tiny, built):
+    model, params = built(tiny(**ARCHITECTURES[name]))
+    np.testing.assert_allclose(decoded(model, params, 12), forwarded(model, params, 12), atol=1e-4)
+
+
+# The two sum in another order, so now and then an operand of a later product rounds to its other neighbour.
+@pytest.mark.parametrize(
+    ("dtypes", "tolerance"),
+    [(dict(operand_dtype="bfloat16"), 0.01), (dict(operand_dtype="bfloat16", activation_dtype="bfloat16"), 0.05)],
+    ids=["operands", "operands and activations"],
+)
+def test_decoding_in_bfloat16_equals_the_forward_pass_within_its_precision(dtypes, tolerance, tiny, built):
+    model, params = built(tiny(**dtypes))
+    forward = forwarded(model, params, 12)
+    assert np.abs(decoded(model, params, 12) - forward).max() < tolerance * forward.std()
+
+
+def test_extending_in_pieces_equals_extending_at_once(tiny, built):
+    model, params = built(tiny(**ARCHITECTURES["soft caps and a sliding window"]))
+    cache = model.cache(4, 16)
+    for first, last in ((0, 5), (5, 6), (6, 12)):
+        logits, cache = model.extend(params, cache, TOKENS[:, first:last], jnp.full(4, last - first))
+    np.testing.assert_allclose(logits, model.forward(params, TOKENS[:, :12])[:, -1], atol=1e-4)
+    np.testing.assert_array_equal(cache["length_B"], [12] * 4)
+
+
+def test_what_lies_behind_a_rows_length_has_no_influence(tiny, built):
+    model, params = built(tiny())
+    clean = model.cache(4, 32)
+    dirty = clean | {"layers": jax.tree.map(lambda x: x + 1e4, clean["layers"])}
+    behind = np.arange(8)[None, :] >= LENGTHS[:, None]
+    extend, decode = jax.jit(model.extend), jax.jit(model.decode)
+    expected, clean = extend(params, clean, TOKENS[:, :8], LENGTHS)
+    logits, dirty = extend(params, dirty, np.where(behind, 39 - TOKENS[:, :8], TOKENS[:, :8]), LENGTHS)
+    np.testing.assert_array_equal(logits, expected)
+    for step in range(4):
+        expected, clean = decode(params, clean, TOKENS[:, step])
+        logits, dirty = decode(params, dirty, TOKENS[:, step])
+        np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_lengthened_cache_continues_as_a_long_one(tiny, built):
+    model, params = built(tiny())
+    _, long = model.extend(params, model.cache(4, 24), TOKENS[:, :8], LENGTHS)
+    _, short = model.extend(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
+    short = decoding.lengthened(short, 24)
+    assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
+    expected, _ = model.decode(params, long, TOKENS[:, 9])
+    np.testing.assert_allclose(model.decode(params, short, TOKENS[:, 9])[0], expected, atol=1e-5)
+
+
+def test_ready_parameters_decode_as_the_parameters_do_and_stay_ready(tiny, built):
+    model, params = built(tiny(operand_dtype="bfloat16"))
+    ready = decoding.ready(model.config, params)
+    assert decoding.ready(model.config, ready) is ready
+    expected, _ = model.extend(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
+    np.testing.assert_array_equal(model.extend(ready, model.cache(4, 8), TOKENS[:, :8], LENGTHS)[0], expected)
+    kernels = [x for path, x in jax.tree.leaves_with_path(ready) if "kernel" in jax.tree_util.keystr(path)]
+    assert {x.dtype for x in kernels} == {jnp.dtype("bfloat16")} and len(kernels) == 7 * 2 + 1
+    assert ready["blocks"][0]["mlp_pre_norm"]["scale"].dtype == ready["embedding"]["table"].dtype == jnp.float32
+
+
+def test_more_tokens_than_the_cache_is_long_raise(tiny, built):
+    model, params = built(tiny())
+    with pytest.raises(ValueError, match="20 tokens do not fit a cache for 8 positions; .* at least 20"):
+        model.extend(params, model.cache(4, 8), TOKENS, LENGTHS)
+
+
+def test_the_cache_is_updated_in_place_whatever_its_length(tiny, built):
+    model, params = built(tiny())
+
+    def loop(params, cache, token_B):
+        return jax.lax.fori_loop(0, 3, lambda _, cache: model.decode(params, cache, token_B)[1], cache)
+
+    def temporary_and_cache_bytes(length):
+        cache = model.cache(4, length)
+        compiled = jax.jit(loop, donate_argnums=1).lower(params, cache, jnp.zeros(4, jnp.int32)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, sum(x.nbytes for x in jax.tree.leaves(cache))
+
+    short, long = np.array(temporary_and_cache_bytes(128)), np.array(temporary_and_cache_bytes(2048))
+    grown_temporary, grown_cache = long - short
+    # What grows are the scores of one query, not a copy of a layer's keys or values (a quarter of the cache here).
+    assert grown_temporary < 0.2 * grown_cache
+
+
+def test_every_mesh_decodes_as_one_device_does(tiny, built, mesh):
+    config = tiny(**ARCHITECTURES["soft caps and a sliding window"])
+    model, params = built(config)
+    placed = jax.device_put(params, sharding.parameter_shardings(parameter_rules(config), params, mesh))
+
+    @jax.jit
+    def steps(params, tokens, lengths, next_tokens):
+        tokens, lengths = sharding.place(tokens, "bt"), sharding.place(lengths, "b")
+        first, cache = model.extend(params, model.cache(4, 32), tokens, lengths)
+        return first, model.decode(params, cache, sharding.place(next_tokens, "b"))[0]
+
+    on_mesh = steps(placed, TOKENS[:, :8], LENGTHS, TOKENS[ROWS, LENGTHS])
+    with jax.set_mesh(jax.make_mesh((), ())):
+        bare = forwarded(model, params, 1)
+    np.testing.assert_allclose(on_mesh, bare, atol=1e-4)
