@@ -82,7 +82,7 @@ def gemma3_1b() -> ml_collections.ConfigDict:
 
 
 def olmo2_1b() -> ml_collections.ConfigDict:
-    """OLMo 2 1B (arXiv:2501.00656): norms only after attention and mlp, and over all query and all key heads together."""
+    """OLMo 2 1B (arXiv:2501.00656): norms after attention and mlp only, and over all heads together."""
     sizes = dict(
         vocab_size=100352, num_layers=16, width=2048, mlp_width=8192, num_heads=16, num_kv_heads=16, head_width=128
     )

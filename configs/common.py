@@ -1,6 +1,4 @@
-"""Every key of a run with its default. A run's own file takes this config and changes what differs; unknown keys are
-errors.
-"""
+"""Every key of a run with its default. A run's own file changes what differs; unknown keys are errors."""
 
 import ml_collections
 
@@ -12,11 +10,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.seed = 0  # everything random derives from it: initialisation, dropout, order of the data
 
     config.tokenizer = ml_collections.ConfigDict()
-    config.tokenizer.kind = (
-        "sentencepiece"  # "sentencepiece" (BPE with byte fallback, trained on the run's own text) | "bytes"
-    )
-    config.tokenizer.vocab_size = 4096  # for training a sentencepiece tokenizer; bytes have 288
-    config.tokenizer.path = ""  # a saved tokenizer to use instead of training one
+    config.tokenizer.kind = "sentencepiece"  # BPE with byte fallback, learned from the run's own text | "bytes"
+    config.tokenizer.vocab_size = 4096  # of a sentencepiece tokenizer that is learned; bytes have 288
+    config.tokenizer.path = ""  # a saved tokenizer to use instead
 
     config.data = ml_collections.ConfigDict()
     config.data.sources = ml_collections.ConfigDict()  # name -> source; batches mix them by weight
@@ -24,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.stage_steps = (0,)  # the step from which each entry of the sources' weights holds
     config.data.sequence_length = 256  # tokens per row
     config.data.packing = (
-        "concatenated"  # "concatenated" (every row full) | "best_fit" | "best_fit_whole" (drops longer ones)
+        "concatenated"  # every row full | "best_fit" | "best_fit_whole": drops what is longer than a row
     )
     config.data.validation = 0.05  # share held out
     config.data.split = "document"  # "document": by hash of its content | "tail": the end of the text
@@ -80,12 +76,27 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
+def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same run in miniature, for tests: bytes, two narrow layers, twenty updates, seconds."""
+    config.tokenizer.kind = "bytes"
+    config.model = llama(num_layers=2, width=64, mlp_width=128, num_heads=4, num_kv_heads=2, head_width=16)
+    config.data.sequence_length = 64
+    config.optimizer.warmup = 5
+    config.loop.update(steps=20, batch_size=8, micro_batches=2, log_every=5, evaluate_every=10, save_every=10)
+    config.loop.update(evaluate_batches=4, sample_every=20, sample_tokens=16)
+    return config
+
+
+def no_argument(file: str, arg: str) -> None:
+    """Refuses an argument of a config file that is neither empty nor "tiny"."""
+    if arg not in ("", "tiny"):
+        raise ValueError(f"configs/{file}.py takes no argument, or 'tiny', not {arg!r}")
+
+
 def source(path: str = "embedded", *, weights: tuple = (1.0,)) -> ml_collections.ConfigDict:
     """One source of documents, with its weight in the mixture at each stage."""
     source = ml_collections.ConfigDict()
-    source.path = (
-        path  # file, folder or glob of .txt, .jsonl(.gz, .zst) or .parquet; "embedded": text every Python carries
-    )
+    source.path = path  # file, folder or glob: .txt, .jsonl(.gz, .zst), .parquet; "embedded": what every Python carries
     source.field = "text"  # of a jsonl or parquet record
     source.weights = weights  # one per entry of data.stage_steps
     source.validation_path = ""  # files held out; "" splits them off path
@@ -116,9 +127,7 @@ def llama(**sizes) -> ml_collections.ConfigDict:
     model.attention_scale = 0.0  # 0 is 1 / sqrt(head_width)
     model.attention_soft_cap = 0.0  # Gemma 2: 50; 0 caps nothing
     model.logit_soft_cap = 0.0  # Gemma 2: 30
-    model.layer_pattern = (
-        "global",
-    )  # repeated over the layers: "global" | "local" (sliding window) | "nope" (no RoPE)
+    model.layer_pattern = ("global",)  # repeated over the layers | "local": sliding window | "nope": without RoPE
     model.sliding_window = 0  # keys that a local layer sees, itself included
     model.dropout = 0.0  # on the two residual branches of a block
     model.rope = ml_collections.ConfigDict()
@@ -129,12 +138,10 @@ def llama(**sizes) -> ml_collections.ConfigDict:
     model.rope.original_length = 0
     model.rope.low_frequency = 1.0
     model.rope.high_frequency = 4.0
-    model.activation_dtype = "float32"  # between the products; bfloat16 on accelerators
-    model.operand_dtype = (
-        "bfloat16"  # of the products' operands; results and gradients keep the activations' and the parameters' dtype
-    )
+    model.activation_dtype = "float32"  # between the products; "bfloat16" on accelerators
+    model.operand_dtype = "bfloat16"  # of what is multiplied; sums, parameters and their gradients stay float32
     model.attention = "einsum"  # "einsum" | "dot_product" (JAX's own)
-    model.remat = "none"  # what the backward pass makes again: "none" | "full" (each block) | "projections" (all but the products)
+    model.remat = "none"  # made again in the backward pass: nothing | "full": blocks | "projections": all but products
     model.unroll = 0  # layers per iteration of the scan: more run faster and compile slower; 0 is all
     model.loss_chunk = 128  # positions whose logits exist at a time
     model.update(sizes)

@@ -1,11 +1,12 @@
-"""Measures this machine, then what the project makes of it: training, decoding, the loss, the loader, compilation and overheads.
+"""Measures this machine, then what the project makes of it: training, decoding, loss, loader, compilation, overheads.
 
     python experiments/benchmark.py [--only=train,decode] [--seconds=60] [--json=FILE] [--config=configs/llama_14m.py]
 
-What is compared takes turns, round by round in one process, so that a disturbance meets all of it; ratios are medians over rounds,
-with the least and the greatest beside. Compilation and warm-up are not in any time but their own.
+What is compared takes turns, round by round in one process, so that a disturbance meets all of it; numbers are medians
+over rounds, with the least and the greatest beside. Compilation and warm-up are in no time but their own.
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -30,12 +31,14 @@ from rich.table import Table  # noqa: E402
 from jaxllm import hardware, loop, sharding, tree, workdir  # noqa: E402
 from jaxllm.generate import generate  # noqa: E402
 from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_entropy, token_logprobs  # noqa: E402
-from jaxllm.model import DecoderConfig, build, decoding, flops_per_token  # noqa: E402
+from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
 from jaxllm.stages import STAGES, RunConfig, Stage, run_config  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
 ONLY = flags.DEFINE_list("only", [], "sections to run, of those that the table of all of them has; all unless told")
-SECONDS = flags.DEFINE_float("seconds", 60.0, "time for the rounds of each section, after its compilation", lower_bound=0.0)
+SECONDS = flags.DEFINE_float(
+    "seconds", 60.0, "time for the rounds of each section, after its compilation", lower_bound=0.0
+)
 JSON = flags.DEFINE_string("json", None, "file for the results")
 
 FEWEST_ROUNDS = 3
@@ -57,12 +60,14 @@ class Bench(NamedTuple):
 
 
 def reference_loss(config: DecoderConfig, params, batch):
-    """Llama as a textbook has it: a scan over layers, dense logits [B, T, V], JAX's own differentiation, float32 throughout."""
+    """Llama by the book: a scan over layers, dense logits [B, T, V], JAX's own differentiation, float32 throughout."""
     tokens_BT, positions_BT, segments_BT = (batch[name] for name in ("tokens_BT", "positions_BT", "segments_BT"))
     frequencies = config.rope.theta ** (-jnp.arange(0, config.head_width, 2) / config.head_width)
     angles = positions_BT[:, :, None, None] * frequencies[None, None, None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    seen_BTS = (positions_BT[:, :, None] >= positions_BT[:, None, :]) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    seen_BTS = (positions_BT[:, :, None] >= positions_BT[:, None, :]) & (
+        segments_BT[:, :, None] == segments_BT[:, None, :]
+    )
 
     def norm(x, p):
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.norm_eps) * p["scale"]
@@ -92,8 +97,8 @@ def reference_loss(config: DecoderConfig, params, batch):
     return -jnp.sum(batch["mask_BT"] * logp_BT) / jnp.sum(batch["mask_BT"])
 
 
-def reference_step(bench: Bench, batch) -> tuple[Callable, tuple]:
-    """(step(state, batch) -> (state, metrics), first state): one whole batch, optax's AdamW behind clipping, the run's own first parameters."""
+def reference_step(bench: Bench, batch) -> tuple[Callable, float]:
+    """(the step on the whole batch at once, with optax's AdamW, from the run's first parameters; seconds to compile it)."""
     o = bench.config.optimizer
     adamw = optax.adamw(o.learning_rate / max(o.warmup, 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     optimizer = optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
@@ -106,7 +111,7 @@ def reference_step(bench: Bench, batch) -> tuple[Callable, tuple]:
         return (optax.apply_updates(params, updates), opt_state), {"loss": loss}
 
     params = jax.jit(bench.stage.model.init)(jax.random.key(bench.config.seed))
-    return step, (params, optimizer.init(params))
+    return compiled(jax.jit(step, donate_argnums=0), (params, optimizer.init(params)), batch)
 
 
 # ---- sections ----
@@ -127,7 +132,9 @@ def train(bench: Bench) -> dict:
         programs[operands] = loop_step(bench, batch, operand_dtype=operands)
     losses = {name: float(run()[1]["loss"]) for name, (run, _) in programs.items()}
     if not max(losses.values()) - min(losses.values()) < 1e-2:
-        raise ValueError(f"first losses {losses} differ: the reference is a plain Llama without dropout; the config must be one")
+        raise ValueError(
+            f"first losses {losses} differ: the reference is a plain Llama without dropout; the config must be one"
+        )
     runs = {name: partial(seconds, run) for name, (run, _) in programs.items()}
     peaks = {f"peak {dtype}": partial(hardware.measured_flops, dtype, repeats=3) for dtype in bench.peaks}
     rounds = turns(runs | peaks, bench.seconds)
@@ -137,21 +144,25 @@ def train(bench: Bench) -> dict:
     for name, (_, compile_seconds) in programs.items():
         operands, title = ("float32", name) if name == "reference" else (name, f"{name} operands")
         found[f"{title}, tokens/s"] = spread(tokens / rounds[name])
-        found[f"{title}, share of the {operands} peak (MFU)"] = spread(flops / rounds[name] / rounds[f"peak {operands}"])
+        found[f"{title}, share of the {operands} peak (MFU)"] = spread(
+            flops / rounds[name] / rounds[f"peak {operands}"]
+        )
         found[f"{title}, times the reference"] = spread(rounds["reference"] / rounds[name])
         found[f"{title}, compile s"] = compile_seconds
     return found
 
 
 def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) -> dict:
-    """Sampling against a floor: each product and each look at the cache takes at least its bytes over the bandwidth and its FLOPs over the peak."""
+    """Sampling against the least time that the machine's own peak and bandwidth leave: ``decode_floor``."""
     model = bench.stage.model
     config, key = model.config, jax.random.key(0)
     params = jax.jit(model.init)(key)
     prompts_BT = np.random.default_rng(0).integers(32, config.vocab_size, (rows, prompt), np.int32)
     run = partial(generate, model, params, prompts_BT, np.full(rows, prompt), key, max_new_tokens=new, stop_ids=())
     compile_seconds = seconds(run)
-    rounds = turns({"decode": partial(seconds, run), "bandwidth": partial(hardware.measured_bandwidth, repeats=2)}, bench.seconds)
+    rounds = turns(
+        {"decode": partial(seconds, run), "bandwidth": partial(hardware.measured_bandwidth, repeats=2)}, bench.seconds
+    )
     floor = decode_floor(bench, params, rows=rows, prompt=prompt, new=new)
     return {
         "batch x prompt + new": f"{rows} x {prompt} + {new}",
@@ -165,7 +176,11 @@ def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) ->
 
 
 def decode_floor(bench: Bench, params, *, rows: int, prompt: int, new: int) -> float:
-    """Seconds: the prompts' products, then for each new token all weights and the filled part of the cache, at its mean length, read once."""
+    """Seconds of the prompts' products, then of every new token: its products, and its look at the cache at its mean length.
+
+    Each takes at least its bytes over the copy bandwidth (weights in the operands' dtype, the cache in its own, each read
+    once) and at least its FLOPs over the peak of its dtype, whichever is longer.
+    """
     config = bench.stage.model.config
     peak, bandwidth = bench.peaks[config.operand_dtype], bench.bandwidth
     kernels, head = tree.size(params["blocks"]), config.width * config.vocab_size
@@ -180,15 +195,203 @@ def decode_floor(bench: Bench, params, *, rows: int, prompt: int, new: int) -> f
 
 
 def loss(bench: Bench, *, V: int = 128_000, B: int = 4, T: int = 1024) -> dict:
-    """Temporary memory of the loss with both gradients, as the compiler plans it; and its time at the run's own vocabulary."""
-    options = dict(chunk=bench.config.model.loss_chunk, operand_dtype=bench.config.model.operand_dtype)
-    candidates = {
+    """Temporary memory of the loss and its gradients at a large vocabulary, as compiled; its time at the run's own."""
+    width, own = bench.config.model.width, bench.stage.model.config.vocab_size
+    options = dict(chunk=bench.config.model.loss_chunk, operand_dtype="float32")
+    losses = {
         "dense": lambda h, w, t, weight: cross_entropy(token_logprobs(h @ w, t), weight),
-        "chunked_token_logprobs": lambda h, w, t, weight: cross_entropy(chunked_token_logprobs(h, w, t, **options)[0], weight),
+        "chunked_token_logprobs": lambda h, w, t, weight: cross_entropy(
+            chunked_token_logprobs(h, w, t, **options)[0], weight
+        ),
         "chunked_cross_entropy": lambda h, w, t, weight: chunked_cross_entropy(h, w, t, weight, **options)[0],
     }
-    programs = {name: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))) for name, loss in candidates.items()}
-    large, own = (
-        [jnp.zeros, jax.ShapeDtypeStruct][large], for large in (True, False)
+    programs = {name: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))) for name, loss in losses.items()}
+
+    def temporary_bytes(program):
+        shapes = [((B, T, width), "float32"), ((width, V), "float32"), ((B, T), "int32"), ((B, T), "float32")]
+        arguments = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+        return program.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    tokens_BT = jnp.arange(B * T).reshape(B, T) % own
+    arguments = jnp.ones((B, T, width)), jnp.ones((width, own)), tokens_BT, jnp.full((B, T), 1 / (B * T))
+    runs = {name: partial(seconds, partial(program, *arguments)) for name, program in programs.items()}
+    [run() for run in runs.values()]
+    rounds = turns(runs, bench.seconds / 4)
+    memory = {name: temporary_bytes(program) for name, program in programs.items()}
+    found = {"tokens": B * T, "large vocabulary": V}
+    for name in programs:
+        found[f"{name}, temporary MiB at the large vocabulary"] = memory[name] / 2**20
+        found[f"{name}, memory as a share of dense"] = memory[name] / memory["dense"]
+        found[f"{name}, float32 time in times of dense at vocabulary {own}"] = spread(rounds[name] / rounds["dense"])
+    return found
+
+
+def loader(bench: Bench) -> dict:
+    """Batches as the loop takes them, prefetched by the run's own workers, while nothing else runs."""
+    tokens, start, deadline = 0, time.perf_counter(), time.perf_counter() + min(bench.seconds, 10.0)
+    next(bench.stage.batches)
+    started = time.perf_counter()
+    while time.perf_counter() < deadline or not tokens:
+        tokens += np.count_nonzero(next(bench.stage.batches)["segments_BT"])
+    return {"tokens/s": tokens / (time.perf_counter() - started), "first batch s": started - start}
+
+
+def overhead(bench: Bench, *, layers: int = 12) -> dict:
+    """Host time of a step of a deep, tiny model: placing the batch and the call, which returns before the work is done."""
+    sizes = dict(num_layers=layers, width=16, mlp_width=16, num_heads=2, num_kv_heads=2, head_width=16)
+    batch = {name: x[:1, :, :8] for name, x in next(bench.stage.batches).items()}
+    times = []
+    with jax.set_mesh(mesh := sharding.mesh(bench.config.mesh)):
+        programs = loop.compile_programs(*staged(bench, **sizes), mesh)
+        state = programs.init(jax.random.key(0))
+        for _ in range(50):
+            jax.block_until_ready(state)
+            start = time.perf_counter()
+            state, _ = programs.step(state, sharding.global_batch(batch, on=mesh))
+            times.append(time.perf_counter() - start)
+    return {f"{layers} layers, ms": spread(np.array(times[5:]) * 1e3)}
+
+
+def cache(bench: Bench, *, rows: int = 16, tokens: int = 64) -> dict:
+    """Appending one token to one layer's cache inside a loop that carries it: in place, its length does not matter."""
+    config = dataclasses.replace(bench.stage.model.config, num_layers=1)
+    new_B1KH = jnp.ones((rows, 1, config.num_kv_heads, config.head_width))
+
+    def append(step, layer):
+        start_B = jnp.full((rows,), step)
+        k_BSKH, v_BSKH = decoding._append(config.operand_dtype, layer, start_B, new_B1KH, new_B1KH)
+        return {"key": k_BSKH.transpose(0, 2, 3, 1), "value": v_BSKH.transpose(0, 2, 1, 3)}
+
+    program = jax.jit(lambda layer: jax.lax.fori_loop(0, tokens, append, layer), donate_argnums=0)
+    runs = {}
+    for length in (128, 2048):
+        (layer,) = decoding.empty_cache(config, rows, length)["layers"]
+        runs[length] = repeating(program, layer)
+        runs[length]()
+    rounds = turns({length: partial(seconds, run) for length, run in runs.items()}, bench.seconds / 10)
+    found = {f"{length} positions, us per token": spread(times / tokens * 1e6) for length, times in rounds.items()}
+    return found | {"2048 in times of 128": spread(rounds[2048] / rounds[128])}
+
+
+def embedding(bench: Bench, *, V: int = 32_000, T: int = 2048) -> dict:
+    """Looking up rows of a table, and the gradient for the table."""
+    tokens_BT = jnp.asarray(np.random.default_rng(0).integers(0, V, (1, T), np.int32))
+    table_VD = jnp.ones((V, bench.config.model.width))
+    program = jax.jit(jax.value_and_grad(lambda table_VD, tokens_BT: jnp.sum(jnp.square(table_VD[tokens_BT]))))
+    run = partial(program, table_VD, tokens_BT)
+    seconds(run)
+    rounds = turns({"embedding": partial(seconds, run)}, bench.seconds / 10)
+    return {f"{T} ids of {V}, forward and backward ms": spread(rounds["embedding"] * 1e3)}
+
+
+SECTIONS = {section.__name__: section for section in (train, decode, loss, loader, overhead, cache, embedding)}
+
+
+# ---- measuring ----
+
+
+def staged(bench: Bench, **model) -> tuple[RunConfig, Stage]:
+    """The run with these keys of its model changed; tokenizer and tokens are already in the directory."""
+    config = run_config(bench.values | {"model": bench.values["model"] | model})
+    return config, STAGES[config.stage](config, bench.directory)
+
+
+def loop_step(bench: Bench, batch, *, operand_dtype: str) -> tuple[Callable, float]:
+    """(the loop's own step of this batch on its own mesh, seconds to compile it)."""
+    config, stage = staged(bench, operand_dtype=operand_dtype)
+    with jax.set_mesh(mesh := sharding.mesh(config.mesh)):
+        programs = loop.compile_programs(config, stage, mesh)
+        return compiled(
+            programs.step, programs.init(jax.random.key(config.seed)), sharding.global_batch(batch, on=mesh)
+        )
+
+
+def compiled(program, state, batch) -> tuple[Callable, float]:
+    """(a function of no arguments that takes the next step and returns all of its results, seconds to compile it)."""
+    start = time.perf_counter()
+    executable = program.lower(state, batch).compile()
+    compile_seconds = time.perf_counter() - start
+    return repeating(lambda state: executable(state, batch), state), compile_seconds
+
+
+def repeating(step: Callable, state) -> Callable:
+    """A function that feeds the state that a call returns (first, if it returns more) to the next, which may donate it."""
+
+    def run():
+        nonlocal state
+        result = step(state)
+        state = result[0] if isinstance(result, tuple) else result
+        return result
+
+    return run
+
+
+def seconds(run: Callable) -> float:
+    """How long ``run`` takes until its results are there."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def turns(measures: dict[str, Callable[[], float]], limit: float) -> dict[str, np.ndarray]:
+    """What each measures in each round, taking turns, forth and back, for ``limit`` seconds and three rounds at least."""
+    rounds, end = [], time.perf_counter() + limit
+    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
+        order = list(measures) if len(rounds) % 2 == 0 else list(reversed(measures))
+        rounds.append({name: measures[name]() for name in order})
+    return {name: np.array([found[name] for found in rounds]) for name in measures}
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    return {"median": float(np.median(values)), "min": float(np.min(values)), "max": float(np.max(values))}
+
+
+# ---- reporting ----
+
+
+def shown(value) -> str:
+    if isinstance(value, dict):
+        return f"{shown(value['median'])}  ({shown(value['min'])} to {shown(value['max'])})"
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) < 1000
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
     )
-    return {}
+
+
+def table(results: dict[str, dict]) -> Table:
+    """One row per number, a rule after each section."""
+    table = Table("section", "quantity", "median (least to greatest)", title="jaxllm benchmark")
+    for section, found in results.items():
+        for index, (name, value) in enumerate(found.items()):
+            last = index == len(found) - 1
+            table.add_row("" if index else section, name, shown(value), end_section=last)
+    return table
+
+
+def main(_):
+    unknown = set(ONLY.value) - set(SECTIONS)
+    if unknown:
+        sys.exit(f"--only={','.join(sorted(unknown))} is not one of {','.join(SECTIONS)}")
+    console, values = Console(), CONFIG.value.to_dict()
+    config = run_config(values)
+    with tempfile.TemporaryDirectory() as directory, console.status("preparing text") as status:
+        stage = STAGES[config.stage](config, Path(directory))
+        status.update("measuring this machine")
+        peaks = {str(dtype): hardware.measured_flops(dtype) for dtype in ("float32", "bfloat16")}
+        bench = Bench(values, config, stage, Path(directory), SECONDS.value, peaks, hardware.measured_bandwidth())
+        results = {"machine": machine(bench)}
+        for name in ONLY.value or SECTIONS:
+            status.update(f"measuring {name}")
+            results[name] = SECTIONS[name](bench)
+        stage.batches.close()
+    console.print(table(results))
+    if JSON.value:
+        content = {"environment": workdir.environment(), "config": values, "results": results}
+        Path(JSON.value).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from absl import app, flags  # noqa: E402  the checkout must be importable first
+from absl import app, flags, logging  # noqa: E402  the checkout must be importable first
 from ml_collections import config_flags  # noqa: E402
 
 from jaxllm import loop  # noqa: E402
@@ -26,6 +26,7 @@ ACCEPT = flags.DEFINE_bool("accept_changes", False, "continue a run whose config
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     try:
         loop.run(CONFIG.value.to_dict(), WORKDIR.value, accept_changes=ACCEPT.value)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -56,7 +56,7 @@ class Completions(NamedTuple):
 
 
 class State(NamedTuple):
-    """Generation between two tokens: what the loop carries. The first ``steps`` columns of ``completions`` are sampled."""
+    """What the loop carries: generation between two tokens. ``steps`` columns of ``completions`` are sampled."""
 
     cache: Tree
     tokens_B: jax.Array
@@ -79,13 +79,12 @@ def generate(
     stop_ids: tuple[int, ...] = (EOS_ID,),
     pad_id: int = PAD_ID,
 ) -> Completions:
-    """Samples up to ``max_new_tokens`` after the first ``lengths_B`` tokens of each row; NumPy arrays [B,
-    max_new_tokens].
+    """Samples up to ``max_new_tokens`` after the first ``lengths_B`` tokens of each row, as NumPy arrays.
 
     A row ends with the first of ``stop_ids``, the batch when all rows have ended. Whatever lies behind a prompt's
-    length is ignored. Compiles once for each batch size and pair of powers of two that prompt length and
-    ``max_new_tokens`` are rounded up to. Raises ``ValueError`` for a prompt that is empty or longer than its row, an id
-    outside of the vocabulary, ``max_new_tokens`` below 1.
+    length is ignored. Compiles once for each batch size and pair of powers of two (16 or more) that the longest prompt
+    and ``max_new_tokens`` are rounded up to. Under a mesh the batch need not divide. Raises ``ValueError`` for a prompt
+    that is empty or longer than its row, an id outside of the vocabulary, ``max_new_tokens`` below 1.
     """
     B = len(prompts_BT)
     how = dict(sampler=sampler, stop_ids=tuple(stop_ids), pad_id=pad_id)
@@ -108,30 +107,26 @@ def stream(
     stop_ids: tuple[int, ...] = (EOS_ID,),
     chunk: int = 8,
 ) -> Iterator[str]:
-    """The text that ``generate`` samples after one prompt, in pieces of about ``chunk`` tokens, cut between characters
-    only.
+    """The text that ``generate`` samples after one prompt, in pieces of ``chunk`` tokens, never cut inside a character.
 
     Joined, the pieces are the decoded completion without its stop token. Raises as ``generate`` does.
     """
     how = dict(sampler=sampler, stop_ids=tuple(stop_ids), pad_id=PAD_ID)
-    prompts_BT, lengths_B = np.asarray(prompt_T)[None, :], np.array([len(prompt_T)])
-    prompts_BT, lengths_B = _padded(model, prompts_BT, lengths_B, max_new_tokens)
+    prompt, length = _padded(model, np.asarray(prompt_T)[None, :], np.array([len(prompt_T)]), max_new_tokens)
     weights = _ready(model, params)
-    state = _start(model, weights, prompts_BT, lengths_B, key, new_length=_bucket(max_new_tokens), **how)
+    state = _start(model, weights, prompt, length, key, new_length=_bucket(max_new_tokens), **how)
     text = codecs.getincrementaldecoder("utf-8")(errors="replace")
     sent, done = 0, False
     while sent < max_new_tokens and not done:
         state = _advance(model, weights, state, min(sent + chunk, max_new_tokens), **how)
-        tokens_T, done = np.asarray(state.completions.tokens_BT)[0, sent : int(state.steps)], bool(state.done_B[0])
-        sent += len(tokens_T)
-        yield text.decode(b"".join(_spelled(tokenizer, token) for token in tokens_T if token not in stop_ids))
+        new = np.asarray(state.completions.tokens_BT)[0, sent : int(state.steps)].tolist()
+        sent, done = sent + len(new), bool(state.done_B[0])
+        yield text.decode(b"".join(_spelled(tokenizer, token) for token in new if token not in stop_ids))
     yield text.decode(b"", final=True)
 
 
 def start(model: Model, params: Tree, prompts_BT, lengths_B, key, *, new_length, sampler, stop_ids, pad_id) -> State:
-    """The state with the first token of each row sampled, and room for ``new_length``. A row of length 0 has stopped
-    before it starts.
-    """
+    """The state with each row's first token sampled and room for ``new_length``. Rows of length 0 count as stopped."""
     B, T = prompts_BT.shape
     lengths_B = place(lengths_B, "b")
     logits_BV, cache = model.extend(params, model.cache(B, T), place(prompts_BT, "bt"), jnp.maximum(lengths_B, 1))
@@ -206,18 +201,19 @@ def likely(weights_BV: jax.Array, sampler: SamplerConfig) -> jax.Array:
     """
     least_B = jnp.full_like(weights_BV[:, 0], sampler.min_p)
     if 0 < sampler.top_k < weights_BV.shape[1]:
-        threshold_B = _largest_threshold(
-            lambda t_B: jnp.sum(weights_BV >= t_B[:, None], axis=1) >= sampler.top_k, least_B
-        )
-        weights_BV = jnp.where(weights_BV >= threshold_B[:, None], weights_BV, 0.0)
+        kth_B = _largest(lambda t_B: jnp.sum(weights_BV >= t_B[:, None], axis=1) >= sampler.top_k, least_B)
+        weights_BV = jnp.where(weights_BV >= kth_B[:, None], weights_BV, 0.0)
     if sampler.top_p < 1:
-        mass_B = sampler.top_p * jnp.sum(weights_BV, axis=1)
-        above_B = lambda t_B: jnp.sum(jnp.where(weights_BV >= t_B[:, None], weights_BV, 0.0), axis=1) >= mass_B
-        least_B = jnp.maximum(least_B, _largest_threshold(above_B, least_B))
+        mass_B = sampler.top_p * _mass(weights_BV, jnp.zeros_like(least_B))
+        least_B = jnp.maximum(least_B, _largest(lambda t_B: _mass(weights_BV, t_B) >= mass_B, least_B))
     return jnp.where(weights_BV >= least_B[:, None], weights_BV, 0.0)
 
 
-def _largest_threshold(enough, like_B):
+def _mass(weights_BV, least_B):
+    return jnp.sum(jnp.where(weights_BV >= least_B[:, None], weights_BV, 0.0), axis=1)
+
+
+def _largest(enough, like_B):
     """The largest float32 t_B in [0, 1] for which ``enough(t_B)`` still holds: 30 halvings, since such floats order as
     their bits do.
     """
@@ -249,28 +245,28 @@ def _bucket(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def _padded(model, prompts_BT, lengths_B, max_new_tokens):
-    """Checked prompts in a bucket, with rows of length 0 up to a multiple of the mesh's data parallelism."""
-    B, T = prompts_BT.shape
+def _padded(model, prompts, lengths, max_new_tokens):
+    """The prompts, checked, in a bucket; with rows of length 0 up to a multiple of the mesh's data parallelism."""
+    rows, width = prompts.shape
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if lengths_B.shape != (B,) or lengths_B.min() < 1 or lengths_B.max() > T:
+    if lengths.shape != (rows,) or lengths.min() < 1 or lengths.max() > width:
         raise ValueError(
-            f"lengths_B={lengths_B.tolist()} must be {B} numbers from 1 to {T}, the width of prompts_BT; "
+            f"lengths_B={lengths.tolist()} must be {rows} numbers from 1 to {width}, the width of prompts_BT; "
             "give an empty prompt its <|bos|>, and cut a long one"
         )
-    real_BT = np.arange(T)[None, :] < lengths_B[:, None]
-    highest, lowest = prompts_BT[real_BT].max(), prompts_BT[real_BT].min()
+    real = np.arange(width)[None, :] < lengths[:, None]
+    lowest, highest = prompts[real].min(), prompts[real].max()
     if lowest < 0 or highest >= model.config.vocab_size:
         raise ValueError(
             f"prompts_BT has ids from {lowest} to {highest}, but model.vocab_size={model.config.vocab_size}; "
             "encode the prompts with the tokenizer that the model was trained with"
         )
-    mesh = jax.sharding.get_abstract_mesh()
-    rows = B if mesh.empty else B + -B % data_parallelism(mesh)
-    padded_BT = np.zeros((rows, _bucket(int(lengths_B.max()))), np.int32)
-    padded_BT[:B, : lengths_B.max()] = (prompts_BT * real_BT)[:, : lengths_B.max()]
-    return padded_BT, np.pad(lengths_B, (0, rows - B)).astype(np.int32)
+    mesh, longest = jax.sharding.get_abstract_mesh(), int(lengths.max())
+    pads = 0 if mesh.empty else -rows % data_parallelism(mesh)
+    prompts = np.where(real, prompts, 0)[:, :longest].astype(np.int32)
+    prompts = np.pad(prompts, ((0, pads), (0, _bucket(longest) - longest)))
+    return prompts, np.pad(lengths, (0, pads)).astype(np.int32)
 
 
 def _spelled(tokenizer: Tokenizer, token: int) -> bytes:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm import checkpoint, figures, hardware, metrics, sharding, tree, workdir
@@ -65,12 +67,12 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
     after SIGTERM or SIGINT.
     """
     config = run_config(values)
-    directory = workdir.open(directory, values, accept_changes=accept_changes)
     mesh = sharding.mesh(config.mesh)
     with stop_signals() as stopping, jax.set_mesh(mesh), ExitStack() as stack:
-        stage = STAGES[config.stage](config, directory)
+        with _first_process_first():
+            directory = workdir.open(directory, values, accept_changes=accept_changes)
+            stage = STAGES[config.stage](config, directory)
         stack.callback(stage.batches.close)
-        workdir.record_environment(directory, stage.report)
         keep = dict(keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, best_metric="validation_loss")
         checkpoints = stack.enter_context(checkpoint.open(directory / "checkpoints", **keep))
         place = partial(sharding.global_batch, on=mesh)
@@ -85,6 +87,7 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
             validate=partial(_validation, config, stage, evaluator(stage.objective, stage.prepare, place)),
         )
         state, position = _start(run, ("config", "data") if accept_changes else ("config",))
+        workdir.record(directory, values, stage.report)
         write = stack.enter_context(_writers(config, directory, int(state.step)))
         log = Log(write, _throughput(config, stage, state))
         if position:
@@ -117,7 +120,8 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
         state, measured = update(state, batch, loss=stage.objective, optimizer=chain)
         spikes = find_state(SpikeState, state.opt_state)
         skipped = {"skipped": spikes.skipped} if spikes else {}
-        return state, measured | skipped | {"learning_rate": learning_rate}
+        counted = {"tokens": jnp.count_nonzero(batch["segments_BT"]), "learning_rate": learning_rate}
+        return state, measured | skipped | counted
 
     placed = jax.tree.map(lambda x: x.sharding, template)
     return Programs(
@@ -155,14 +159,15 @@ def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> 
         due = {name: every and (last or step % every == 0) for name, every in _periods(loop).items()}
         if due["log"]:
             log.flush()
-        with log.throughput.paused():
-            if due["evaluate"]:
-                validated = run.validate(state)
-                log.write(step, validated)
-            if due["sample"]:
-                _write_samples(run, state.params, step)
-            if due["save"] or stop:
-                _save(run, state, step, log, validated if due["evaluate"] else None)
+        if stop or due["evaluate"] or due["sample"] or due["save"]:
+            with log.paused():
+                if due["evaluate"]:
+                    validated = run.validate(state)
+                    log.write(step, validated)
+                if due["sample"]:
+                    _write_samples(run, state.params, step)
+                if due["save"] or stop:
+                    _save(run, state, step, log, validated if due["evaluate"] else None)
         if stop and not last:
             run.checkpoints.wait()
             print(f"stopped as asked and saved at step {step}: the same command continues", file=sys.stderr)
@@ -190,7 +195,7 @@ def _save(run: Run, state: TrainState, step: int, log: Log, validated: dict | No
 def _validation(config, stage, evaluate, state) -> dict[str, float]:
     """Likelihood of the held-out text under the parameters, and under their average where one is kept."""
     batches = partial(limited, stage.validation, config.loop.evaluate_batches)
-    num_bytes = sum(num_target_bytes(batch, stage.tokenizer.byte_lengths_V) for batch in batches())
+    num_bytes = _over_processes(sum(num_target_bytes(batch, stage.tokenizer.byte_lengths_V) for batch in batches()))
     kept = find_state(AverageState, state.opt_state)
     found = {"": state.params} | ({"average_": kept.average} if kept else {})
     row = {}
@@ -236,9 +241,11 @@ def _writers(config, directory, start_step):
 def stop_signals() -> Iterator[threading.Event]:
     """Inside, the first SIGTERM or SIGINT sets the event instead of ending the process; a second SIGINT interrupts as
     ever.
+
+    Where there are several processes, SIGTERM belongs to JAX's preemption service, and no handler is set.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield event
         return
 
@@ -253,6 +260,21 @@ def stop_signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _first_process_first() -> Iterator[None]:
+    """The first process runs the block before the others do, so that they find what it made and make nothing twice."""
+    if jax.process_index() > 0:
+        multihost_utils.sync_global_devices("made by the first process")
+    yield
+    if jax.process_index() == 0:
+        multihost_utils.sync_global_devices("made by the first process")
+
+
+def _over_processes(count: int) -> int:
+    """The sum of every process's ``count``."""
+    return int(np.sum(multihost_utils.process_allgather(np.uint32(count)), dtype=np.uint64))
 
 
 def _asked_to_stop(stopping: threading.Event, step: int) -> bool:

@@ -39,17 +39,14 @@ class LoopConfig:
     tensorboard: bool
 
     def __post_init__(self):
-        for key in (
-            "steps",
-            "batch_size",
-            "micro_batches",
-            "log_every",
-            "evaluate_every",
-            "save_every",
-            "sample_tokens",
-        ):
-            if getattr(self, key) < 1:
-                raise ValueError(f"loop.{key}={getattr(self, key)} must be at least 1")
+        periods = ("log_every", "evaluate_every", "save_every")
+        least = dict.fromkeys(("steps", "batch_size", "micro_batches", *periods, "sample_tokens", "keep_last"), 1)
+        least |= dict.fromkeys(("evaluate_batches", "sample_every", "keep_best"), 0)
+        for key, count in least.items():
+            if getattr(self, key) < count:
+                raise ValueError(f"loop.{key}={getattr(self, key)} must be at least {count}")
+        if self.sample_every and not self.sample_prompts:
+            raise ValueError("loop.sample_prompts is empty: give a prompt, or set loop.sample_every=0 to sample nothing")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,27 +30,29 @@ def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool 
     """The run directory, created with its ``config.json``, or opened again for the same config.
 
     Raises ``ValueError`` naming every key that differs from the run's own config, both values and the mend; with
-    ``accept_changes`` the new config takes its place. Raises it too for a directory that holds something else than a
-    run.
+    ``accept_changes`` they are shown instead, and ``record`` writes them once the run goes on: only a run's tokenizer
+    never changes. Raises it too for a directory that holds something else than a run.
     """
     directory = Path(directory).expanduser().absolute()
     path = directory / "config.json"
     if path.exists():
         differing = differences(config(directory), json.loads(json.dumps(values)))
-        if differing and not accept_changes:
+        kept = [name for name in differing if name.startswith("tokenizer.")]
+        if kept or (differing and not accept_changes):
             lines = [
                 f"  {name}: {saved!r} there, {wanted!r} here" for name, (saved, wanted) in sorted(differing.items())
             ]
+            mend = "; a run keeps its tokenizer." if kept else ", or --accept_changes to go on with the new values."
             raise ValueError(
-                "\n".join([f"{directory} holds a run with another config:", *lines])
-                + "\nUse another --workdir, or --accept_changes to go on with the new values."
+                "\n".join([f"{directory} holds a run with another config:", *lines, f"Use another --workdir{mend}"])
             )
         for name, (saved, wanted) in sorted(differing.items()):
             print(f"changed from the run so far: {name}: {saved!r} -> {wanted!r}", file=sys.stderr)
     elif directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no config.json of a run; use another --workdir")
     directory.mkdir(parents=True, exist_ok=True)
-    _write(path, values)
+    if not path.exists():
+        _write(path, values)
     return directory
 
 
@@ -75,9 +77,12 @@ def write_evaluation(directory: str | os.PathLike, result: Mapping) -> None:
     _write(Path(directory) / "evaluation.json", result)
 
 
-def record_environment(directory: Path, data: Mapping) -> None:
-    """Writes versions, device, commit, command and what the data became, so that the run can be made again."""
+def record(directory: Path, values: Mapping, data: Mapping) -> None:
+    """Writes the config that goes on, and versions, device, commit, command and what the data became, so that the run
+    can be made again.
+    """
     if jax.process_index() == 0:
+        _write(directory / "config.json", values)
         _write(directory / "environment.json", environment() | {"data": data})
 
 

@@ -100,7 +100,7 @@ SIZES = dict(vocab_size=40, num_layers=2, width=16, mlp_width=24, num_heads=4, n
 
 
 def _tiny(**changes) -> DecoderConfig:
-    defaults = dict(operand_dtype="float32", attention="einsum", loss_chunk=5)
+    defaults = dict(operand_dtype="float32", attention="einsum", loss_chunk=5, unroll=1)
     return section(DecoderConfig, common.llama(**(SIZES | defaults | changes)))
 
 

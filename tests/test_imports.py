@@ -16,7 +16,7 @@ FLOORS = {
     **dict.fromkeys(("tree", "metrics", "figures", "hardware", "einsum", "configure", "losses", "text"), 0),
     **dict.fromkeys(("sharding", "data"), 1),
     **dict.fromkeys(("model", "checkpoint"), 2),
-    **dict.fromkeys(("generate", "train", "workdir"), 3),
+    **dict.fromkeys(("generate", "train", "workdir", "log"), 3),
     "evaluate": 4,
     "stages": 5,
     "loop": 6,

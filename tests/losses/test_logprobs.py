@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.losses import chunked_token_logprobs, token_logprobs
+from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, token_logprobs
 
 B, T, D, V = 2, 7, 5, 11
 DRAW = np.random.default_rng(0)
@@ -144,6 +144,16 @@ def dense(hidden_BTD, head_DV, tokens_BT):
     return (token_logprobs(logits_BTV, tokens_BT),)
 
 
+def mean_loss(**options):
+    """The loss with weights 1 / (B T), as a function that gives a tuple."""
+
+    def score(hidden_BTD, head_DV, tokens_BT):
+        weight_BT = jnp.full(tokens_BT.shape, 1 / tokens_BT.size)
+        return chunked_cross_entropy(hidden_BTD, head_DV, tokens_BT, weight_BT, **options)[:1]
+
+    return score
+
+
 def arguments(B, T, D, V):
     shapes = ((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32)
     return [jax.ShapeDtypeStruct(*shape) for shape in shapes]
@@ -153,21 +163,85 @@ def test_no_program_holds_all_logits_forward_or_backward(array_sizes):
     B, T, D, V = 2, 32, 8, 64
     chunked = functools.partial(chunked_token_logprobs, chunk=8, temperature=0.5, soft_cap=3.0)
     largest = {}
-    for name, score in (("chunked", chunked), ("dense", dense)):
+    for name, score in (("chunked", chunked), ("loss", mean_loss(chunk=8, soft_cap=3.0)), ("dense", dense)):
         program = jax.value_and_grad(functools.partial(total, score=score), argnums=(0, 1))
         largest[name] = max(array_sizes(jax.make_jaxpr(program)(*arguments(B, T, D, V)).jaxpr))
     assert largest["dense"] >= B * T * V
-    assert largest["chunked"] <= B * T * V // 4
+    assert max(largest["chunked"], largest["loss"]) <= B * T * V // 4
 
 
 def test_memory_at_a_vocabulary_of_128k_is_a_quarter_of_the_dense_loss():
-    chunked = functools.partial(chunked_token_logprobs, chunk=128)
-
     def temporary_bytes(score):
         program = jax.value_and_grad(functools.partial(total, score=score), argnums=(0, 1))
         return jax.jit(program).lower(*arguments(4, 1024, 16, 131072)).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes(chunked) <= 0.25 * temporary_bytes(dense)
+    limit = 0.25 * temporary_bytes(dense)
+    assert temporary_bytes(functools.partial(chunked_token_logprobs, chunk=128)) <= limit
+    assert temporary_bytes(mean_loss(chunk=128)) <= limit
+
+
+# ---- the loss whose gradient is made with its logits ----
+
+MASK_BT = np.arange(T) < np.array([[3], [6]])
+WEIGHT_BT = MASK_BT * DRAW.random((B, T))
+
+
+def loss_and_gradients(hidden_BTD, head_DV, tokens_BT, weight_BT, factor=1.0, **options):
+    def loss(hidden_BTD, head_DV):
+        value, logp_BT = chunked_cross_entropy(hidden_BTD, head_DV, jnp.asarray(tokens_BT), jnp.float32(weight_BT), **options)
+        return factor * value, logp_BT
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden_BTD, head_DV)
+
+
+@pytest.mark.parametrize("chunk, z_coef, soft_cap", [(3, 0.0, 0.0), (7, 0.2, 0.0), (2, 0.1, 1.5)])
+def test_the_chunked_loss_and_its_gradients_match_the_oracle(chunk, z_coef, soft_cap):
+    def define(hidden_BTD, head_DV):
+        logp_BT, logz_BT, _ = oracle(hidden_BTD, head_DV, TOKENS_BT, soft_cap=soft_cap)
+        return np.sum(WEIGHT_BT * (-logp_BT + z_coef * logz_BT**2))
+
+    labels = np.where(MASK_BT, TOKENS_BT, -100)
+    options = dict(chunk=chunk, z_coef=z_coef, soft_cap=soft_cap)
+    (value, logp_BT), gradients = loss_and_gradients(jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), labels, WEIGHT_BT, **options)
+    np.testing.assert_allclose(value, define(HIDDEN_BTD, HEAD_DV), rtol=1e-6)
+    expected = oracle(HIDDEN_BTD, HEAD_DV, TOKENS_BT, soft_cap=soft_cap)[0]
+    np.testing.assert_allclose(np.asarray(logp_BT)[MASK_BT], expected[MASK_BT], atol=1e-5)
+    np.testing.assert_allclose(gradients[0], oracle_gradient(HIDDEN_BTD, lambda x: define(x, HEAD_DV)), atol=1e-5)
+    np.testing.assert_allclose(gradients[1], oracle_gradient(HEAD_DV, lambda x: define(HIDDEN_BTD, x)), atol=1e-5)
+    assert not np.any(np.asarray(gradients[0])[~MASK_BT])
+
+
+def test_the_chunked_loss_passes_on_the_gradient_that_reaches_it():
+    arrays = jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), TOKENS_BT, WEIGHT_BT
+    once, thrice = (loss_and_gradients(*arrays, factor, chunk=3)[1] for factor in (1.0, -3.0))
+    for gradient, same in zip(thrice, once, strict=True):
+        np.testing.assert_allclose(gradient, -3 * same, rtol=1e-6)
+
+
+def test_the_log_probabilities_beside_the_loss_carry_no_gradient():
+    def metric(hidden_BTD):
+        return jnp.sum(chunked_cross_entropy(hidden_BTD, jnp.float32(HEAD_DV), TOKENS_BT, jnp.float32(WEIGHT_BT), chunk=3)[1])
+
+    assert not np.any(jax.grad(metric)(jnp.float32(HIDDEN_BTD)))
+
+
+@pytest.mark.parametrize("hidden_dtype", ["float32", "bfloat16"])
+def test_the_chunked_loss_in_bfloat16_is_near_and_gradients_keep_their_arrays_dtypes(hidden_dtype):
+    exact = loss_and_gradients(jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), TOKENS_BT, WEIGHT_BT, chunk=3)
+    hidden_BTD, head_DV = jnp.asarray(HIDDEN_BTD, hidden_dtype), jnp.float32(HEAD_DV)
+    found = loss_and_gradients(hidden_BTD, head_DV, TOKENS_BT, WEIGHT_BT, chunk=3, operand_dtype="bfloat16")
+    assert 0 < abs(found[0][0] - exact[0][0]) < 0.01
+    assert (found[0][0].dtype, found[1][0].dtype, found[1][1].dtype) == ("float32", hidden_dtype, "float32")
+    for gradient, same in zip(found[1], exact[1], strict=True):
+        assert np.linalg.norm(np.float32(gradient) - same) < 1e-2 * np.linalg.norm(same)
+
+
+def test_an_empty_batch_has_loss_and_gradient_zero():
+    with jax.debug_nans(True):
+        (value, _), gradients = loss_and_gradients(
+            jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), TOKENS_BT * 0 - 100, 0 * WEIGHT_BT, chunk=3, z_coef=0.1
+        )
+    assert value == 0 and not any(np.any(x) for x in gradients)
 
 
 def test_a_vocabulary_sharded_over_the_mesh_gives_the_same_scores(mesh):
@@ -183,16 +257,18 @@ def test_a_vocabulary_sharded_over_the_mesh_gives_the_same_scores(mesh):
         score = lambda *x: chunked_token_logprobs(*x, tokens_BT, chunk=4)[0]  # noqa: E731
         logp_BT, pull = jax.vjp(score, hidden_BTD, head_DV)
         dense_BT = token_logprobs(jnp.einsum("btd,dv->btv", hidden_BTD, head_DV), tokens_BT)
-        return logp_BT, dense_BT, pull(jnp.ones_like(logp_BT))
+        whole = lambda *x: -chunked_cross_entropy(*x, tokens_BT, jnp.ones_like(logp_BT), chunk=4)[0]  # noqa: E731
+        return logp_BT, dense_BT, pull(jnp.ones_like(logp_BT)), jax.grad(whole, argnums=(0, 1))(hidden_BTD, head_DV)
 
-    logp_BT, dense_BT, gradients = both(*placed)
+    logp_BT, dense_BT, gradients, whole_gradients = both(*placed)
     expected = oracle(hidden, head, tokens)[0]
     np.testing.assert_allclose(logp_BT, expected, atol=1e-5)
     np.testing.assert_allclose(dense_BT, expected, atol=1e-5)
     alone = ours(hidden, head, tokens, cotangents=(np.ones((B, T)), np.zeros((B, T)), np.zeros((B, T))), chunk=4)[1]
-    for found, same in zip(gradients, alone, strict=True):
+    for found, whole, same in zip(gradients, whole_gradients, alone, strict=True):
         np.testing.assert_allclose(found, same, atol=1e-5)
-    assert gradients[1].sharding.spec == jax.P(None, columns)
+        np.testing.assert_allclose(whole, same, atol=1e-5)
+    assert gradients[1].sharding.spec == whole_gradients[1].sharding.spec == jax.P(None, columns)
 
 
 def test_a_chunk_below_one_is_refused():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.model.attention import IMPLEMENTATIONS, Visibility, attend
-from jaxllm.sharding import place
+from jaxllm.sharding import spec
 
 B, T, N, K, H = 2, 6, 4, 2, 3
 POSITIONS_BT = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
@@ -40,8 +40,8 @@ def oracle(q_BTNH, k_BTKH, v_BTKH, *, positions=POSITIONS_BT, segments=SEGMENTS_
             scores[s] = scale * q_BTNH[b, t, n] @ k_BTKH[b, s, kv_head]
             if soft_cap:
                 scores[s] = soft_cap * np.tanh(scores[s] / soft_cap)
-        total = sum(np.exp(score) for score in scores.values())
-        out_BTNH[b, t, n] = sum(np.exp(score) / total * v_BTKH[b, s, kv_head] for s, score in scores.items())
+        weights = {s: np.exp(score - max(scores.values())) for s, score in scores.items()}
+        out_BTNH[b, t, n] = sum(weight * v_BTKH[b, s, kv_head] for s, weight in weights.items()) / sum(weights.values())
     return out_BTNH
 
 
@@ -147,11 +147,16 @@ def test_a_soft_cap_is_refused_where_it_would_be_ignored():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_mesh_changes_no_number(implementation, mesh):
-    repeated = [np.tile(np.float32(x), (4, 1, 1, 1)) for x in arrays()]
-    q, k, v, ct = (place(jnp.asarray(x), letters) for x, letters in zip(repeated, ("btnh", "bskh", "bskh", "btnh"), strict=True))
-    positions, segments = (place(jnp.asarray(np.tile(x, (4, 1))), "bt") for x in (POSITIONS_BT, SEGMENTS_BT))
-    visibility = Visibility(positions, positions, segments, segments, jnp.int32(2))
-    found = forward_and_back(q, k, v, ct, visibility, implementation=implementation)
-    for ours_, same in zip(found, ours(implementation, CASES["window"]), strict=True):
+@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)], ids=str)
+def test_a_mesh_changes_no_number(implementation, shape, make_mesh):
+    expected = ours(implementation, CASES["window"])
+    on = make_mesh(*shape)
+    with jax.set_mesh(on):
+        put = lambda x, letters: jax.device_put(np.tile(x, (4,) + (1,) * (x.ndim - 1)), jax.NamedSharding(on, spec(letters)))  # noqa: E731
+        q, k, v, ct = (put(np.float32(x), letters) for x, letters in zip(arrays(), ("btnh", "bskh", "bskh", "btnh"), strict=True))
+        positions, segments = put(POSITIONS_BT, "bt"), put(SEGMENTS_BT, "bt")
+        visibility = Visibility(positions, positions, segments, segments, jnp.int32(2))
+        found = forward_and_back(q, k, v, ct, visibility, implementation=implementation)
+    for ours_, same, array in zip(found, expected, (q, q, k, v), strict=True):
         np.testing.assert_allclose(ours_, np.tile(same, (4, 1, 1, 1)), atol=1e-5)
+        assert ours_.sharding == array.sharding

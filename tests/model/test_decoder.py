@@ -14,6 +14,7 @@ from jaxllm import sharding, tree
 from jaxllm.configure import section
 from jaxllm.losses import token_logprobs
 from jaxllm.model import DecoderConfig, build, parameter_rules
+from jaxllm.model.config import ATTENTIONS
 
 VARIANTS = {
     "llama": {},
@@ -155,7 +156,7 @@ def token_gradients(model, params):
     return np.abs(np.asarray(jax.jit(jax.jacrev(rows))(params["embedding"]["table"])))[:, :T].sum(axis=2)
 
 
-@pytest.mark.parametrize("attention", ["einsum", "per_sequence", "dot_product"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_no_logit_depends_on_a_later_token_and_all_on_every_earlier_one(tiny, built, attention):
     model, params = built(tiny(tied_head=False, attention=attention))
     depends = token_gradients(model, params)
@@ -172,7 +173,7 @@ def test_a_local_layer_sees_its_window_and_no_further(tiny, built, window):
     assert np.all(depends[(reach >= 0) & (reach < window)] > 1e-6)
 
 
-@pytest.mark.parametrize("attention", ["einsum", "per_sequence", "dot_product"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("pattern", [("global",), ("local", "nope")])
 def test_packed_documents_are_as_if_alone_and_never_see_each_other(tiny, built, attention, pattern):
     config = tiny(attention=attention, layer_pattern=pattern, sliding_window=3)
@@ -234,7 +235,7 @@ def loss(config, params, **options):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(remat="full"), dict(remat="projections"), dict(unroll=2), dict(unroll=9), dict(attention="per_sequence"), dict(loss_chunk=1)],
+    [dict(remat="full"), dict(remat="projections"), dict(unroll=2), dict(unroll=0), dict(unroll=9), dict(attention="dot_product"), dict(loss_chunk=1)],
     ids=str,
 )
 def test_how_a_program_runs_changes_neither_loss_nor_gradient(tiny, built, changes):
@@ -297,7 +298,7 @@ def test_a_published_model_has_its_published_number_of_parameters_and_one_rule_f
     params = abstract_params(config)
     assert tree.size(params) == PUBLISHED[name]
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    on = make_mesh(2, 2, 2) if config.num_kv_heads > 1 else make_mesh(2, 4, 1)
+    on = make_mesh(2, 4, 1) if config.num_kv_heads % 2 else make_mesh(2, 2, 2)
     placed = sharding.parameter_shardings(parameter_rules(config), params, on)
     parts = on.shape["fsdp"] * on.shape["tensor"]
     whole = [leaf.size for leaf, where in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True)
@@ -380,7 +381,7 @@ CHANGES = dict(
     norm_eps=1e-4, norm_offset=1.0, pre_norm=False, post_norm=False, qk_norm="all", qkv_bias=False, output_bias=True, mlp_bias=True,
     tied_head=False, embedding_scale=2.0, attention_scale=0.5, attention_soft_cap=3.0, logit_soft_cap=3.0,
     layer_pattern=("global", "local"), sliding_window=3, dropout=0.2, activation_dtype="bfloat16", operand_dtype="bfloat16",
-    attention="per_sequence", remat="full", unroll=2, loss_chunk=3,
+    attention="dot_product", remat="full", unroll=2, loss_chunk=3,
 )  # fmt: skip
 ROPE_CHANGES = dict(
     theta=11.0, local_theta=7.0, scaling="yarn", factor=3.0, original_length=9, low_frequency=0.5, high_frequency=2.0

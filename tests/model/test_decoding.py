@@ -89,9 +89,9 @@ def test_what_lies_behind_a_rows_length_has_no_influence(tiny, built):
 
 def test_a_lengthened_cache_continues_as_a_long_one(tiny, built):
     model, params = built(tiny())
-    _, long = model.extend(params, model.cache(4, 24), TOKENS[:, :8], LENGTHS)
+    _, long = model.extend(params, model.cache(4, 150), TOKENS[:, :8], LENGTHS)
     _, short = model.extend(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
-    short = decoding.lengthened(short, 24)
+    short = decoding.lengthened(short, 150)
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
     expected, _ = model.decode(params, long, TOKENS[:, 9])
     np.testing.assert_allclose(model.decode(params, short, TOKENS[:, 9])[0], expected, atol=1e-5)
@@ -110,8 +110,16 @@ def test_ready_parameters_decode_as_the_parameters_do_and_stay_ready(tiny, built
 
 def test_more_tokens_than_the_cache_is_long_raise(tiny, built):
     model, params = built(tiny())
-    with pytest.raises(ValueError, match="20 tokens do not fit a cache for 8 positions; .* at least 20"):
-        model.extend(params, model.cache(4, 8), TOKENS, LENGTHS)
+    with pytest.raises(ValueError, match="65 tokens do not fit a cache for 64 positions; .* at least 65"):
+        model.extend(params, model.cache(4, 8), np.zeros((4, 65), np.int32), LENGTHS)
+
+
+def test_padding_behind_the_end_of_the_cache_is_dropped_and_moves_nothing(tiny, built):
+    model, params = built(tiny())
+    tokens = np.tile(TOKENS, (1, 4))[:, :64]
+    _, cache = model.extend(params, model.cache(4, 64), tokens[:, :60], jnp.full(4, 60))
+    logits, _ = model.extend(params, cache, np.pad(tokens[:, 60:], ((0, 0), (0, 12))), jnp.full(4, 4))
+    np.testing.assert_allclose(logits, model.forward(params, tokens)[:, -1], atol=1e-4)
 
 
 def test_the_cache_is_updated_in_place_whatever_its_length(tiny, built):

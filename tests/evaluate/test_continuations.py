@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.evaluate.continuations import continuations
+from jaxllm.generate import SamplerConfig
+from jaxllm.text.special_tokens import BOS_ID, EOS_ID
+from jaxllm.text.tokenizer import byte_tokenizer
+
+GREEDY = SamplerConfig(temperature=0.0)
+PROMPTS = ["a", "", "longer é prompt", "b"]
+
+
+@pytest.fixture(scope="module")
+def loud(tiny, built):
+    """A byte model with scaled logits, so that no two are close and greedy means the same however it is worked out."""
+    model, params = built(tiny(vocab_size=288))
+    return model, jax.tree.map(lambda x: 3 * x, params)
+
+
+def one_by_one(model, params, prompt, count):
+    """The likeliest token after all so far, by a whole forward pass for each."""
+    tokenizer, tokens = byte_tokenizer(), [BOS_ID, *byte_tokenizer().encode(prompt)]
+    start = len(tokens)
+    for _ in range(count):
+        logits_BTV = model.forward(params, jnp.array([tokens]))
+        tokens.append(int(jnp.argmax(logits_BTV[0, -1])))
+        if tokens[-1] == EOS_ID:
+            return tokenizer.decode(tokens[start:-1])
+    return tokenizer.decode(tokens[start:])
+
+
+def test_greedy_continuations_of_any_length_are_those_of_whole_forward_passes(loud):
+    model, params = loud
+    texts = continuations(
+        model, params, byte_tokenizer(), PROMPTS, jax.random.key(0), max_new_tokens=5, sampler=GREEDY
+    )
+    assert texts == [one_by_one(model, params, prompt, 5) for prompt in PROMPTS]
+    assert len(set(texts)) > 1
+
+
+def test_a_continuation_does_not_depend_on_its_neighbours(loud):
+    model, params = loud
+    ask = lambda prompts: continuations(  # noqa: E731
+        model, params, byte_tokenizer(), prompts, jax.random.key(0), max_new_tokens=4, sampler=GREEDY
+    )
+    assert [ask([prompt])[0] for prompt in PROMPTS] == ask(PROMPTS)
+
+
+def test_a_text_ends_before_the_end_of_the_document_and_never_shows_it(loud, monkeypatch):
+    """The head's rows for the first greedy token and for EOS change places: the document ends at once."""
+    model, params = loud
+    first = int(jnp.argmax(model.forward(params, jnp.array([[BOS_ID, *byte_tokenizer().encode("a")]]))[0, -1]))
+    monkeypatch.setattr("jaxllm.evaluate.continuations.EOS_ID", first)
+    sampler = SamplerConfig(temperature=0.0, stop_ids=(first,))
+    (text,) = continuations(
+        model, params, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=sampler
+    )
+    assert text == ""
+
+
+def test_the_key_decides_what_is_sampled(loud):
+    model, params = loud
+    soft = jax.tree.map(lambda x: x / 3, params)
+    ask = lambda seed: continuations(  # noqa: E731
+        model, soft, byte_tokenizer(), PROMPTS, jax.random.key(seed), max_new_tokens=8, sampler=SamplerConfig()
+    )
+    assert ask(0) == ask(0) != ask(1)
+
+
+def test_every_token_asked_for_is_decoded_together(loud):
+    """Bytes of one character come as several tokens: joined they are that character, alone they would be U+FFFD."""
+    model, params = loud
+    tokens_BT = np.array([byte_tokenizer().encode("é☃")])
+    from jaxllm.evaluate import continuations as module
+
+    class Done:
+        mask_BT = np.ones_like(tokens_BT, bool)
+
+    Done.tokens_BT = tokens_BT
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "generate", lambda *_, **__: Done)
+        texts = module.continuations(
+            model, params, byte_tokenizer(), ["x"], jax.random.key(0), max_new_tokens=5, sampler=GREEDY
+        )
+    assert texts == ["é☃"]

@@ -1,0 +1,105 @@
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm import sharding
+from jaxllm.evaluate.perplexity import evaluator, likelihood, num_target_bytes, of_files, weighed
+from jaxllm.metrics import Ratio
+from jaxllm.model import parameter_rules
+from jaxllm.text.tokenizer import byte_tokenizer
+from jaxllm.train.objectives import ObjectiveConfig, next_token
+
+ROWS, T = 7, 8
+
+
+@pytest.fixture(scope="module")
+def rows(packed_batch):
+    return {name: x[0, :ROWS] for name, x in packed_batch(1, ROWS + 1, T).items() if name != "weight_BT"}
+
+
+def batches(rows, batch_size, micro_batches=1):
+    """Batches of so many rows, the last one filled with rows that count for nothing."""
+    for start in range(0, ROWS, batch_size):
+        part = {name: x[start : start + batch_size] for name, x in rows.items()}
+        missing = batch_size - len(part["mask_BT"])
+        part = {name: np.pad(x, ((0, missing), (0, 0))) for name, x in part.items()}
+        yield {name: x.reshape(micro_batches, -1, T) for name, x in part.items()}
+
+
+@pytest.fixture(scope="module")
+def evaluate(tiny, built):
+    model, params = built(tiny())
+    measure = evaluator(next_token(model, ObjectiveConfig(0.1)), weighed, lambda batch: batch)
+    return lambda batches: measure(params, batches)["nll"]
+
+
+@pytest.fixture(scope="module")
+def dense(tiny, built, rows):
+    """(nats, targets) from the logits, row by row, in float64."""
+    model, params = built(tiny())
+    nats = 0.0
+    forward = jax.jit(model.forward)
+    for row in range(ROWS):
+        one = {name: x[row : row + 1] for name, x in rows.items()}
+        logits = np.float64(forward(params, one["tokens_BT"], positions_BT=one["positions_BT"], segments_BT=one["segments_BT"]))[0]
+        for t in np.flatnonzero(one["mask_BT"][0]):
+            nats += np.log(np.exp(logits[t]).sum()) - logits[t, one["targets_BT"][0, t]]
+    return nats, rows["mask_BT"].sum()
+
+
+@pytest.mark.parametrize("batch_size, micro_batches", [(1, 1), (2, 2), (3, 1), (8, 1), (8, 4), (16, 2)])
+def test_the_likelihood_does_not_depend_on_the_batch_size(evaluate, rows, dense, batch_size, micro_batches):
+    nll = evaluate(batches(rows, batch_size, micro_batches))
+    assert nll.count == dense[1]
+    assert abs(nll.total / nll.count - dense[0] / dense[1]) <= 1e-6
+
+
+def test_the_likelihood_does_not_depend_on_the_devices(tiny, built, rows, dense, make_mesh):
+    model, params = built(tiny())
+    on = make_mesh(1, 4, 2)
+    with jax.set_mesh(on):
+        placed = jax.tree.map(jax.device_put, params, sharding.parameter_shardings(parameter_rules(model.config), params, on))
+        measure = evaluator(next_token(model, ObjectiveConfig(0.0)), weighed, lambda batch: sharding.global_batch(batch, on))
+        nll = measure(placed, batches(rows, 4))["nll"]
+    assert nll.count == dense[1] and abs(nll.total - dense[0]) / dense[1] <= 1e-6
+
+
+def test_sums_over_many_batches_keep_their_digits():
+    measure = evaluator(lambda _, batch: (0.0, {"nll": Ratio(jnp.sum(batch["x"]), jnp.float32(1))}), lambda x: x, lambda x: x)
+    found = measure({}, ({"x": np.full((1, 1), value, np.float32)} for value in [2.0**25] + 64 * [1.0]))["nll"]
+    assert (found.total, found.count) == (2.0**25 + 64, 65)
+
+
+def test_likelihood_in_every_unit():
+    found = likelihood(Ratio(60.0, 20.0), 50)
+    expected = {"nats_per_token": 3.0, "perplexity": math.e**3, "bits_per_byte": 60 / math.log(2) / 50, "tokens": 20, "bytes": 50}
+    assert found == pytest.approx(expected)
+    assert math.isfinite(likelihood(Ratio(1e6, 1.0), 1)["perplexity"])
+
+
+def test_bytes_are_those_of_unmasked_targets():
+    targets, mask = np.array([[[0, 1, 2], [2, 2, 1]]]), np.array([[[True, True, False], [True, False, False]]])
+    assert num_target_bytes({"targets_BT": targets, "mask_BT": mask}, np.array([1, 10, 100])) == 1 + 10 + 100
+
+
+def test_weights_of_a_batch_sum_to_one_over_all_its_micro_batches(packed_batch):
+    batch = packed_batch(4, 8, T)
+    found = weighed({name: x for name, x in batch.items() if name != "weight_BT"})
+    np.testing.assert_allclose(found["weight_BT"], batch["weight_BT"], rtol=1e-6)
+    np.testing.assert_allclose(np.sum(found["weight_BT"]), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_every_byte_of_the_files_is_counted_once(tiny, built, tmp_path, batch_size):
+    texts = ["plain", "é▁\n😀 more than one row of tokens", "end"]
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"body": "{text}"}}\n'.replace("\n😀", "\\n😀") for text in texts), encoding="utf-8")
+    model, params = built(tiny(vocab_size=288))
+    how = dict(path=str(tmp_path / "texts.jsonl"), field="body", sequence_length=16, batch_size=batch_size)
+    found = of_files(model, params, byte_tokenizer(), **how)
+    num_bytes = sum(len(text.encode()) for text in texts)
+    assert found["bytes"] == num_bytes and found["tokens"] == num_bytes + len(texts)
+    assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] * found["tokens"] / math.log(2) / num_bytes)
+    assert 3 < found["nats_per_token"] < 12

@@ -1,0 +1,38 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.losses import token_logprobs
+from jaxllm.model import heads
+
+HIDDEN_BTD = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("f")
+TOKENS_BT = np.random.default_rng(1).integers(0, 40, (2, 3))
+
+
+def test_a_tied_head_is_the_table_and_an_own_head_its_kernel(tiny, built):
+    tied, own = tiny(), tiny(tied_head=False)
+    table_VD, kernel_DV = built(tied)[1]["embedding"]["table"], built(own)[1]["head"]["kernel"]
+    np.testing.assert_allclose(heads.logits(tied, built(tied)[1], HIDDEN_BTD), HIDDEN_BTD @ table_VD.T, atol=1e-5)
+    np.testing.assert_allclose(heads.logits(own, built(own)[1], HIDDEN_BTD), HIDDEN_BTD @ kernel_DV, atol=1e-5)
+
+
+def test_logits_are_float32_and_capped(tiny, built):
+    config = tiny(logit_soft_cap=0.5, operand_dtype="bfloat16", activation_dtype="bfloat16", tied_head=False)
+    found = heads.logits(config, built(config)[1], jnp.bfloat16(HIDDEN_BTD))
+    plain = heads.logits(tiny(tied_head=False), built(config)[1], HIDDEN_BTD)
+    assert found.dtype == jnp.float32 and np.abs(found).max() <= 0.5
+    np.testing.assert_allclose(found, 0.5 * np.tanh(plain / 0.5), atol=0.03)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 0.5])
+def test_scores_are_those_of_the_dense_logits(tiny, built, soft_cap):
+    config = tiny(logit_soft_cap=soft_cap, loss_chunk=2)
+    params = built(config)[1]
+    logits_BTV = np.asarray(heads.logits(config, params, HIDDEN_BTD))
+    for temperature in (1.0, 0.5):
+        found = heads.score(config, params, HIDDEN_BTD, TOKENS_BT, temperature=temperature)
+        p_BTV = np.exp(logits_BTV / temperature) / np.exp(logits_BTV / temperature).sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(found[0], token_logprobs(logits_BTV / temperature, TOKENS_BT), atol=1e-5)
+        np.testing.assert_allclose(found[1], jax.nn.logsumexp(logits_BTV / temperature, axis=-1), atol=1e-5)
+        np.testing.assert_allclose(found[2], -(p_BTV * np.log(p_BTV)).sum(axis=-1), atol=1e-5)

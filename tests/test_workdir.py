@@ -1,0 +1,152 @@
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from jaxllm import checkpoint, workdir
+from jaxllm.configure import section
+from jaxllm.model import DecoderConfig, build
+from jaxllm.text.tokenizer import byte_tokenizer
+
+VALUES = {"seed": 0, "loop": {"steps": 10, "sample_prompts": ("a", "b")}, "tokenizer": {"kind": "bytes"}}
+
+
+def changed(**loop):
+    return VALUES | {"loop": VALUES["loop"] | loop}
+
+
+def test_a_new_directory_is_made_with_the_config_that_config_reads(tmp_path):
+    directory = workdir.open(tmp_path / "a" / "b", VALUES)
+    assert directory == (tmp_path / "a" / "b").absolute()
+    assert workdir.config(directory) == json.loads(json.dumps(VALUES))
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+def test_an_empty_directory_is_a_new_one(tmp_path):
+    assert workdir.config(workdir.open(tmp_path, VALUES))["seed"] == 0
+
+
+def test_a_home_directory_and_a_relative_path_are_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert workdir.open("~/home", VALUES) == tmp_path / "home"
+    assert workdir.open("relative", VALUES) == tmp_path / "relative"
+
+
+def test_the_same_config_opens_a_run_again_and_changes_nothing(tmp_path, capfd):
+    workdir.open(tmp_path, VALUES)
+    before = (tmp_path / "config.json").stat()
+    workdir.open(tmp_path, VALUES)
+    workdir.open(tmp_path, VALUES, accept_changes=True)
+    assert (tmp_path / "config.json").stat() == before and capfd.readouterr() == ("", "")
+
+
+def test_another_config_is_refused_naming_every_key_both_values_and_the_mend(tmp_path):
+    workdir.open(tmp_path, VALUES)
+    other = changed(steps=20, sample_prompts=("a", "c")) | {"new": 1}
+    with pytest.raises(ValueError) as raised:
+        workdir.open(tmp_path, other)
+    lines = str(raised.value).splitlines()
+    assert lines == [
+        f"{tmp_path} holds a run with another config:",
+        "  loop.sample_prompts: ['a', 'b'] there, ['a', 'c'] here",
+        "  loop.steps: 10 there, 20 here",
+        "  new: 'absent' there, 1 here",
+        "Use another --workdir, or --accept_changes to go on with the new values.",
+    ]
+    assert workdir.config(tmp_path) == json.loads(json.dumps(VALUES))
+
+
+def test_accepted_changes_are_shown_and_written_only_when_the_run_goes_on(tmp_path, capfd):
+    workdir.open(tmp_path, VALUES)
+    workdir.open(tmp_path, changed(steps=20), accept_changes=True)
+    assert capfd.readouterr().err == "changed from the run so far: loop.steps: 10 -> 20\n"
+    assert workdir.config(tmp_path)["loop"]["steps"] == 10
+    workdir.record(tmp_path, changed(steps=20), {})
+    assert workdir.config(tmp_path)["loop"]["steps"] == 20
+
+
+def test_the_tokenizer_of_a_run_never_changes(tmp_path):
+    workdir.open(tmp_path, VALUES)
+    other = VALUES | {"tokenizer": {"kind": "sentencepiece"}}
+    for accept in (False, True):
+        with pytest.raises(ValueError, match=r"tokenizer.kind: 'bytes' there, 'sentencepiece' here\nUse another --workdir; "):
+            workdir.open(tmp_path, other, accept_changes=accept)
+
+
+def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for accept in (False, True):
+        with pytest.raises(ValueError, match="is not empty and holds no config.json of a run; use another --workdir"):
+            workdir.open(tmp_path, VALUES, accept_changes=accept)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_place_of_the_directory_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        workdir.open(tmp_path / "file", VALUES)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_where_no_run_is_the_error_says_what_to_give(tmp_path):
+    for ask in (workdir.config, workdir.load):
+        with pytest.raises(FileNotFoundError, match="no run in .*nowhere: config.json is missing; give a --workdir that"):
+            ask(tmp_path / "nowhere")
+
+
+def test_the_environment_names_versions_device_commit_command_and_data(tmp_path):
+    workdir.record(tmp_path, VALUES, {"main": {"num_documents": 3}})
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["packages"].keys() == set(workdir.PACKAGES) and environment["packages"]["jax"] == jax.__version__
+    assert environment["python"] == sys.version.split()[0] and environment["command"] == sys.argv
+    assert environment["devices"] == 8 and environment["device"] == jax.devices()[0].device_kind
+    assert environment["data"] == {"main": {"num_documents": 3}} and "commit" in environment
+
+
+def test_the_commit_is_that_of_the_code_and_empty_outside_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
+    assert workdir.environment()["commit"] == ""
+    monkeypatch.setenv("PATH", "")
+    assert workdir.environment()["commit"] == ""
+
+
+def test_an_evaluation_is_written_whole(tmp_path):
+    workdir.write_evaluation(tmp_path, {"tokens": 3, "nats_per_token": 0.1})
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == {"tokens": 3, "nats_per_token": 0.1}
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+# ---- loading ----
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    """A run directory of two checkpoints, made without training; the parameters of step s are all s."""
+    sizes = dict(num_layers=1, width=8, mlp_width=8, num_heads=2, num_kv_heads=1, head_width=4)
+    config = common.llama(**sizes)
+    directory = workdir.open(tmp_path / "run", {"model": config.to_dict()})
+    byte_tokenizer().save(directory / "tokenizer")
+    abstract = jax.eval_shape(build(section(DecoderConfig, config).with_vocabulary(288)).init, jax.random.key(0))
+    with checkpoint.open(directory / "checkpoints") as checkpoints:
+        for step in (1, 2):
+            params = jax.tree.map(lambda x, s=step: jax.numpy.full(x.shape, s, x.dtype), abstract)
+            checkpoints.save(step, {"params": params}, position=None, meta={})
+    return directory
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, 2), (1, 1)])
+def test_a_run_loads_as_its_model_the_parameters_of_a_step_and_its_tokenizer(saved_run, asked, expected):
+    model, params, tokenizer = workdir.load(saved_run, step=asked)
+    assert tokenizer.fingerprint == byte_tokenizer().fingerprint and model.config.vocab_size == 288
+    assert {float(leaf.flatten()[0]) for leaf in jax.tree.leaves(params)} == {expected}
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, jax.eval_shape(model.init, jax.random.key(0)))
+    assert model.forward(params, np.ones((1, 3), np.int32)).shape == (1, 3, 288)
+
+
+def test_a_step_that_was_not_kept_is_named(saved_run):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*; it has \[2, 1\]"):
+        workdir.load(saved_run, step=7)
