@@ -26,26 +26,21 @@ def einsum(equation: str, x: jax.Array, w: jax.Array, operand_dtype: jnp.dtype) 
 
 
 def _forward(equation, x, w, operand_dtype):
-    x_letters, w_letters, out_letters = _letters(equation)
+    x_letters, w_letters, _ = _letters(equation)
     x_low = x.astype(operand_dtype)
-    out = _product(equation, x_low, _gathered(x_letters, x, w_letters, w, operand_dtype), x.dtype, None)
-    # An empty array carries the dtype of x: a dtype itself is not a value that a residual can hold.
-    return out, (x_low, w, jnp.zeros((0,), x.dtype))
+    w_low = _gathered(x_letters, x, w_letters, w, operand_dtype)
+    return _product(equation, x_low, w_low, x.dtype, _joined(equation, x_low, w_low)), (x_low, w)
 
 
 def _backward(equation, operand_dtype, residuals, out_grad):
-    x_low, w, x_like = residuals
+    x_low, w = residuals
     x_letters, w_letters, out_letters = _letters(equation)
-    out_grad = out_grad.astype(operand_dtype)
+    out_grad_low = out_grad.astype(operand_dtype)
     w_low = _gathered(x_letters, x_low, w_letters, w, operand_dtype)
-    x_grad = _product(f"{out_letters},{w_letters}->{x_letters}", out_grad, w_low, x_like.dtype, x_low)
-    # The operand that has the first letter of w stands first, and no transpose behind may be folded in: XLA's CPU
-    # backend runs a product that sums over the leading letters of both operands fast, its transpose slowly (or, in
-    # bfloat16 on JAX 0.10.2, not at all).
-    if w_letters[0] in x_letters:
-        w_grad = _product(f"{x_letters},{out_letters}->{w_letters}", x_low, out_grad, w.dtype, w)
-    else:
-        w_grad = _product(f"{out_letters},{x_letters}->{w_letters}", out_grad, x_low, w.dtype, w)
+    x_grad = _product(f"{out_letters},{w_letters}->{x_letters}", out_grad_low, w_low, out_grad.dtype, _sharding(x_low))
+    w_grad = _product(f"{x_letters},{out_letters}->{w_letters}", x_low, out_grad_low, w.dtype, _sharding(w))
+    # No transpose behind may be folded into this product: XLA's CPU backend runs the transposed one slowly or, in
+    # bfloat16 on JAX 0.10.2, not at all.
     return x_grad, jax.lax.optimization_barrier(w_grad)
 
 
@@ -58,11 +53,7 @@ def _letters(equation: str) -> tuple[str, str, str]:
     return x_letters, w_letters, out_letters
 
 
-def _product(equation, a, b, dtype, like):
-    """The einsum in ``dtype``, sharded like the array ``like``, or by the letters of ``a`` and ``b`` where that is
-    None.
-    """
-    sharding = _joined(equation, a, b) if like is None else _sharding(like)
+def _product(equation, a, b, dtype, sharding):
     return jnp.einsum(equation, a, b, preferred_element_type=dtype, out_sharding=sharding)
 
 

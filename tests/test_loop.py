@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import os
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxllm import checkpoint, hardware, loop, metrics
+from jaxllm import checkpoint, figures, hardware, loop, metrics, sharding, stages
 from jaxllm.data.loader import batch_fingerprint
+from jaxllm.evaluate import perplexity
 from jaxllm.train.update import update
 
 ROOT = pathlib.Path(loop.__file__).parents[1]
@@ -25,10 +27,19 @@ TIMES = {"compile_seconds", "seconds", "tokens_per_second", "mfu"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def stated_peak():
-    """Measuring this machine's peak takes longer than such a run."""
+def quick():
+    """Runs of one config share their compiled programs, and neither measure the machine nor draw."""
+
+    @functools.cache
+    def evaluator(objective, prepare, mesh):
+        return perplexity.evaluator(objective, prepare, functools.partial(sharding.global_batch, on=mesh))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "peak_flops", lambda dtype: (1e12, "stated"))
+        patch.setattr(figures, "curves", lambda rows, path: None)
+        patch.setattr(stages, "build", functools.cache(stages.build))
+        patch.setattr(stages, "next_token", functools.cache(stages.next_token))
+        patch.setattr(loop, "evaluator", lambda *given: evaluator(*given[:2], given[2].keywords["on"]))
         yield
 
 
@@ -70,6 +81,9 @@ class Seen(NamedTuple):
     programs: list
 
 
+PROGRAMS = {}
+
+
 def train(values, directory, *, at=None, **options):
     """Runs the loop in this process; ``at[step]()`` is called where that step has just been dispatched."""
     seen = Seen({}, [])
@@ -81,13 +95,17 @@ def train(values, directory, *, at=None, **options):
             super().add(step, batch, measured)
             (at or {}).get(step, lambda: None)()
 
-    def watched_programs(*arguments):
-        seen.programs.append(compile_programs(*arguments))
-        return seen.programs[-1]
+    def watched_programs(config, stage, mesh):
+        key = repr((config, mesh, loop.update))
+        if key not in PROGRAMS:
+            PROGRAMS[key] = compile_programs(config, stage, mesh)
+        seen.programs.append(PROGRAMS[key])
+        return PROGRAMS[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Log", WatchedLog)
         patch.setattr(loop, "compile_programs", watched_programs)
+        sys.setprofile(None)  # the tests of the parts check the names of arrays
         try:
             loop.run(values, directory, **options)
         except loop.Preempted as stopped:
@@ -188,13 +206,12 @@ def assert_same_run(straight, directory, batches):
 def test_a_run_leaves_everything_that_its_directory_promises(straight):
     names = {path.name for path in straight.directory.iterdir()}
     assert names == {
-        "config.json", "environment.json", "tokenizer", "tokens", "checkpoints", "metrics.jsonl", "samples.jsonl", "figures",
+        "config.json", "environment.json", "tokenizer", "tokens", "checkpoints", "metrics.jsonl", "samples.jsonl",
     }  # fmt: skip
     assert json.loads((straight.directory / "config.json").read_text()) == json.loads(json.dumps(straight.values))
     environment = json.loads((straight.directory / "environment.json").read_text())
     assert environment["command"] == sys.argv and environment["packages"]["jax"] == jax.__version__
     assert environment["data"]["main"]["train"]["num_documents"] > 30 and environment["devices"] == 8
-    assert (straight.directory / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert steps_saved(straight.directory) == [8, 12]
 
 
@@ -241,7 +258,7 @@ def test_dropout_is_on_in_training_and_off_in_validation(values, tmp_path):
 
 def test_each_step_has_its_own_dropout(values, tmp_path, monkeypatch):
     """The same batch, without learning: only the dropped places differ."""
-    monkeypatch.setattr(loop.metrics, "progress", lambda *_, **__: loop.metrics.writers())
+    monkeypatch.setattr(metrics, "progress", lambda *_, **__: metrics.writers())
     changes = dict(loop__steps=3, loop__log_every=1, optimizer__learning_rate=0.0, optimizer__warmup=0)
     first = {}
 
@@ -382,7 +399,7 @@ def kill_within(monkeypatch, name):
 @pytest.mark.parametrize(
     ("within", "stopped_at"),
     [
-        ("compile_programs", 1),  # before the first step
+        ("_start", 1),  # before the first step
         ("update", 1),  # while the step is traced and compiled
         ("num_target_bytes", 7),  # during the validation of step 6
         ("continuations", 7),  # while samples are written
@@ -402,10 +419,12 @@ def test_a_run_asked_to_stop_saves_within_one_step_and_says_so(
     assert_same_run(straight, tmp_path / "run", first.batches | second.batches)
 
 
-def test_a_request_during_the_last_step_lets_the_run_end(straight, tmp_path):
+def test_a_request_during_the_last_step_lets_the_run_end_with_its_figures(straight, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "curves", lambda rows, path: drawn.append((rows, path)))
     seen = train(straight.values, tmp_path / "run", at={12: stop})
     assert_same_run(straight, tmp_path / "run", seen.batches)
-    assert (tmp_path / "run" / "figures" / "curves.png").exists()
+    assert drawn == [(metrics.read(tmp_path / "run" / "metrics.jsonl"), tmp_path / "run" / "figures" / "curves.png")]
 
 
 def test_the_first_interrupt_stops_softly_and_the_second_at_once():
@@ -449,14 +468,14 @@ def test_nothing_compiles_once_every_kind_of_work_was_done_once(values, tmp_path
 
 def test_the_step_takes_the_buffers_of_its_state(values):
     config = loop.run_config(values())
-    mesh = loop.sharding.mesh(config.mesh)
+    mesh = sharding.mesh(config.mesh)
     with jax.set_mesh(mesh):
         programs = loop.compile_programs(config, loop.STAGES["pretrain"](config, pathlib.Path(values()["data"]["sources"]["main"]["path"]).parent / "stage"), mesh)
         state = programs.init(jax.random.key(0))
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, programs.template)
         batch = {name: np.ones((2, 8, 32), np.int32) for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")}
         batch |= {"mask_BT": np.ones((2, 8, 32), bool)}
-        after, _ = programs.step(state, loop.sharding.global_batch(batch, mesh))
+        after, _ = programs.step(state, sharding.global_batch(batch, mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1
 

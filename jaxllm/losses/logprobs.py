@@ -128,7 +128,9 @@ def _joined(chunks: jax.Array, T: int) -> jax.Array:
 
 
 def _chunk_scores(hidden_BTD, head_DV, tokens_BT, *, temperature, soft_cap, operand_dtype):
-    logits_BTV = einsum("btd,dv->btv", hidden_BTD, head_DV, operand_dtype or hidden_BTD.dtype).astype(jnp.float32)
+    # Widened before the product, not after it: the result is then a float32 sum, whatever the operands are.
+    wide_BTD = hidden_BTD.astype(jnp.float32)
+    logits_BTV = einsum("btd,dv->btv", wide_BTD, head_DV, operand_dtype or hidden_BTD.dtype)
     if soft_cap:
         logits_BTV = soft_cap * jnp.tanh(logits_BTV / soft_cap)
     return _scores(logits_BTV / temperature, tokens_BT)

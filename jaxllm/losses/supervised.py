@@ -47,13 +47,12 @@ def cross_entropy(
     The z-loss keeps log-partition values near 0 (PaLM, Chowdhery et al. 2022, arXiv:2204.02311, section 5); ``logz_BT``
     is needed where ``z_coef`` is not 0 (``ValueError``).
     """
-    per_token_BT = -logp_BT
-    if z_coef:
-        if logz_BT is None:
-            raise ValueError(
-                f"z_coef={z_coef} needs logz_BT, which chunked_token_logprobs returns beside the log-probabilities"
-            )
-        per_token_BT = per_token_BT + z_coef * jnp.square(logz_BT)
-    # Masked positions are deleted, not multiplied by zero: their log-probabilities may be anything, infinities
-    # included.
-    return jnp.sum(jnp.where(weight_BT > 0, weight_BT * per_token_BT, 0.0))
+    if z_coef and logz_BT is None:
+        raise ValueError(
+            f"z_coef={z_coef} needs logz_BT, which chunked_token_logprobs returns beside the log-probabilities"
+        )
+    # Masked positions are deleted before the arithmetic, not multiplied by zero after it: what stands there may be
+    # anything, infinities included, and would reach the gradient as 0 * inf.
+    logp_BT, logz_BT = (x if x is None else jnp.where(weight_BT > 0, x, 0.0) for x in (logp_BT, logz_BT))
+    per_token_BT = z_coef * jnp.square(logz_BT) - logp_BT if z_coef else -logp_BT
+    return jnp.sum(weight_BT * per_token_BT)

@@ -17,7 +17,7 @@ def head(config: DecoderConfig, params: Tree) -> jax.Array:
 
 def logits(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array) -> jax.Array:
     """Dense float32 logits: for tests, sampling and small things; losses go through ``chunked_token_logprobs``."""
-    logits_BTV = einsum("btd,dv->btv", hidden_BTD, head(config, params), config.operand_dtype).astype(jnp.float32)
+    logits_BTV = einsum("btd,dv->btv", hidden_BTD.astype(jnp.float32), head(config, params), config.operand_dtype)
     return config.logit_soft_cap * jnp.tanh(logits_BTV / config.logit_soft_cap) if config.logit_soft_cap else logits_BTV
 
 

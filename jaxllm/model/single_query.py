@@ -57,7 +57,7 @@ def from_key_blocks(blocks: jax.Array) -> jax.Array:
 
 
 def per_shard(function: Callable, letters: str) -> Callable:
-    """``function`` on each device's own rows and heads, its result of these dimensions; as it is where no mesh is set."""
+    """``function`` on each device's own rows and heads, its result of these letters; as it is where no mesh is set."""
     return function if spec(letters) is None else jax.shard_map(function, out_specs=spec(letters))
 
 

@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.evaluate import continuations as module
 from jaxllm.evaluate.continuations import continuations
 from jaxllm.generate import SamplerConfig
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID
@@ -49,15 +52,15 @@ def test_a_continuation_does_not_depend_on_its_neighbours(loud):
 
 
 def test_a_text_ends_before_the_end_of_the_document_and_never_shows_it(loud, monkeypatch):
-    """The head's rows for the first greedy token and for EOS change places: the document ends at once."""
+    """The first greedy token plays the end of the document."""
     model, params = loud
     first = int(jnp.argmax(model.forward(params, jnp.array([[BOS_ID, *byte_tokenizer().encode("a")]]))[0, -1]))
-    monkeypatch.setattr("jaxllm.evaluate.continuations.EOS_ID", first)
-    sampler = SamplerConfig(temperature=0.0, stop_ids=(first,))
-    (text,) = continuations(
-        model, params, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=sampler
+    monkeypatch.setattr(module, "EOS_ID", first)
+    monkeypatch.setattr(module, "generate", functools.partial(module.generate, stop_ids=(first,)))
+    texts = continuations(
+        model, params, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=GREEDY
     )
-    assert text == ""
+    assert texts == [""]
 
 
 def test_the_key_decides_what_is_sampled(loud):
@@ -73,8 +76,6 @@ def test_every_token_asked_for_is_decoded_together(loud):
     """Bytes of one character come as several tokens: joined they are that character, alone they would be U+FFFD."""
     model, params = loud
     tokens_BT = np.array([byte_tokenizer().encode("é☃")])
-    from jaxllm.evaluate import continuations as module
-
     class Done:
         mask_BT = np.ones_like(tokens_BT, bool)
 

@@ -233,18 +233,24 @@ def loss(config, params, **options):
     return -jnp.mean(model.score(params, hidden_BTD, jnp.roll(TOKENS_BT, -1, axis=1))[0])
 
 
+@functools.cache
+def loss_and_gradient(config, built):
+    _, params = built(config)
+    return jax.jit(jax.value_and_grad(functools.partial(loss, config, dropout_key=jax.random.key(1))))(params)
+
+
 @pytest.mark.parametrize(
     "changes",
     [dict(remat="full"), dict(remat="projections"), dict(unroll=2), dict(unroll=0), dict(unroll=9), dict(attention="dot_product"), dict(loss_chunk=1)],
     ids=str,
 )
 def test_how_a_program_runs_changes_neither_loss_nor_gradient(tiny, built, changes):
-    _, params = built(tiny(num_layers=3))
-    both = lambda config: jax.jit(jax.value_and_grad(functools.partial(loss, config, dropout_key=jax.random.key(1))))(params)  # noqa: E731
-    value, gradient = both(tiny(num_layers=3, dropout=0.3))
-    other, other_gradient = both(tiny(num_layers=3, dropout=0.3, **changes))
+    base = tiny(num_layers=3, dropout=0.3)
+    value, gradient = loss_and_gradient(base, built)
+    other, other_gradient = loss_and_gradient(tiny(num_layers=3, dropout=0.3, **changes), built)
     np.testing.assert_allclose(other, value, atol=1e-6)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-6), other_gradient, gradient)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(gradient))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * largest), other_gradient, gradient)
 
 
 @pytest.mark.parametrize("narrow", [dict(activation_dtype="bfloat16"), dict(operand_dtype="bfloat16")], ids=str)

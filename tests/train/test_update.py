@@ -82,8 +82,7 @@ def test_micro_batches_of_ragged_lengths_change_nothing(one_update, M):
     agree(one_update(M), one_update(1))
 
 
-@pytest.mark.parametrize("M", [1, 4])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 4, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape, M", [((1, 1, 1), 16), ((1, 4, 2), 4), ((2, 2, 2), 1)], ids=str)
 def test_a_mesh_changes_nothing(one_update, make_mesh, shape, M):
     on = make_mesh(*shape)
     with jax.set_mesh(on):
@@ -146,11 +145,12 @@ def test_the_state_is_sharded_from_initialisation_on_and_never_whole(tiny, make_
     assert whole / parts <= here <= 1.02 * whole / parts
     matrices = [leaf for leaf in leaves if leaf.nbytes > 2**14]
     assert {leaf.nbytes // device_bytes(leaf) for leaf in matrices} == {parts}
-    memory = compiled.memory_analysis()
-    assert memory.output_size_in_bytes <= 1.02 * whole / parts + 2**14
-    # Not even for a moment: no temporary is as large as the largest parameter.
-    largest = max(leaf.nbytes for leaf in leaves)
-    assert memory.temp_size_in_bytes < largest
+    assert compiled.memory_analysis().output_size_in_bytes <= 1.02 * whole / parts + 2**14
+    # Not even for a moment: no step of the program that each device runs has the shape of a whole matrix.
+    text = compiled.as_text()
+    assert "f32[" in text
+    for leaf in matrices:
+        assert f"f32[{','.join(map(str, leaf.shape))}]" not in text
 
 
 def test_initial_parameters_do_not_depend_on_the_mesh(tiny, make_mesh):
@@ -187,7 +187,7 @@ def test_a_hundred_bfloat16_steps_move_every_norm_weight_and_state_stays_float32
     assert set(floating) == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow), pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_one_batch_is_learned_by_heart(tiny, packed_batch, name):
     config = tiny(width=32, mlp_width=64, head_width=8)
     values = common.get_config().optimizer
