@@ -1,6 +1,7 @@
 """A run's configuration, and the stages it may name: each is an objective and a source of batches for the one loop."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +116,4 @@ STAGES: dict[str, Callable[[RunConfig, Path], Stage]] = {"pretrain": pretrain}
 
 def limited(batches: Any, count: int) -> Iterator:
     """The first ``count`` of them; all where it is 0."""
-    for index, batch in enumerate(batches):
-        if count and index >= count:
-            return
-        yield batch
+    return itertools.islice(batches, count or None)

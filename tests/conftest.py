@@ -1,4 +1,4 @@
-"""One laboratory for all tests: eight virtual devices, exact products, shared tiny models, and array names that cannot lie."""
+"""One laboratory for all tests: eight virtual devices, exact products, shared tiny models, names that cannot lie."""
 
 import os
 from pathlib import Path
@@ -156,7 +156,7 @@ def built():
 
 @pytest.fixture(scope="session")
 def packed_batch():
-    """A function: M, B, T -> a batch of packed documents of ragged lengths, its last row masked, as [M, B / M, T] arrays."""
+    """A function: M, B, T -> packed documents of ragged lengths as [M, B / M, T] arrays, the last row masked."""
     return _packed_batch
 
 

@@ -20,7 +20,9 @@ from jaxllm.train.objectives import next_token
 from jaxllm.train.update import init_state, update
 
 NOT_RUNS = ("common", "architectures")
-RUNS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py") if path.stem not in NOT_RUNS)
+RUNS = sorted(
+    path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py") if path.stem not in NOT_RUNS
+)
 
 
 @pytest.mark.parametrize("arg", ["", "tiny"])
@@ -33,7 +35,10 @@ def test_a_run_builds_and_its_update_has_shapes(run, arg, make_mesh):
     parameter_shardings(parameter_rules(model.config), params, make_mesh(1, 1, 1))
     M, B, T = config.loop.micro_batches, config.loop.batch_size, config.data.sequence_length
     assert B % M == 0
-    batch = {name: jax.ShapeDtypeStruct((M, B // M, T), "int32") for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")}
+    batch = {
+        name: jax.ShapeDtypeStruct((M, B // M, T), "int32")
+        for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
+    }
     batch["mask_BT"] = jax.ShapeDtypeStruct((M, B // M, T), "bool")
     chain = optimizer(
         config.optimizer,
@@ -42,7 +47,9 @@ def test_a_run_builds_and_its_update_has_shapes(run, arg, make_mesh):
     )
 
     def step(params, batch):
-        return update(init_state(params, chain), weighed(batch), loss=next_token(model, config.objective), optimizer=chain)
+        return update(
+            init_state(params, chain), weighed(batch), loss=next_token(model, config.objective), optimizer=chain
+        )
 
     state, metrics = jax.eval_shape(step, params, batch)
     assert jax.tree.map(lambda x: x.shape, state.params) == jax.tree.map(lambda x: x.shape, params)
@@ -60,11 +67,13 @@ def test_a_run_says_its_command_and_refuses_an_unknown_argument(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_a_tiny_run_ends_in_a_minute(run):
     config = run_config(importlib.import_module(f"configs.{run}").get_config("tiny"))
-    assert config.loop.steps <= 50 and config.loop.steps * config.loop.batch_size * config.data.sequence_length <= 50_000
+    assert (
+        config.loop.steps <= 50 and config.loop.steps * config.loop.batch_size * config.data.sequence_length <= 50_000
+    )
 
 
 def changed(**changes):
-    """The default config with ``section.key`` (two underscores for the dot) set, unlocked as a command line would not."""
+    """The default config with ``section.key`` set, two underscores for the dot, whether the key exists or not."""
     config = common.get_config()
     for path, value in changes.items():
         *sections, key = path.split("__")
@@ -79,7 +88,10 @@ def changed(**changes):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(optimizer__learning_rat=1.0), r"config\.optimizer\.learning_rat is not a known key; did you mean 'learning_rate'\?"),
+        (
+            dict(optimizer__learning_rat=1.0),
+            r"config\.optimizer\.learning_rat is not a known key; did you mean 'learning_rate'\?",
+        ),
         (dict(model__num_head=4), r"config\.model\.num_head is not a known key; did you mean 'num_heads'\?"),
         (dict(model__rope__tetha=1.0), r"config\.model\.rope\.tetha is not a known key; did you mean 'theta'\?"),
         (dict(lop=1), r"config\.lop is not a known key; did you mean 'loop'\?"),
@@ -105,7 +117,8 @@ def test_a_config_survives_its_way_through_json():
 def test_common_has_every_key_and_no_other():
     def keys(cls):
         return {
-            field.name: keys(field.type) if dataclasses.is_dataclass(field.type) else None for field in dataclasses.fields(cls)
+            field.name: keys(field.type) if dataclasses.is_dataclass(field.type) else None
+            for field in dataclasses.fields(cls)
         }
 
     def given(values, like):

@@ -10,7 +10,15 @@ from jaxllm.einsum import einsum
 from jaxllm.sharding import parameter_spec, spec
 
 LENGTHS = dict(b=8, t=3, d=8, n=4, k=2, h=5, f=6, v=10)
-EQUATIONS = ("btd,dnh->btnh", "btd,dkh->btkh", "btnh,nhd->btd", "btd,df->btf", "btf,fd->btd", "btd,dv->btv", "btd,vd->btv")
+EQUATIONS = (
+    "btd,dnh->btnh",
+    "btd,dkh->btkh",
+    "btnh,nhd->btd",
+    "btd,df->btf",
+    "btf,fd->btd",
+    "btd,dv->btv",
+    "btd,vd->btv",
+)
 
 
 @functools.cache
@@ -43,7 +51,9 @@ def every_equation(operand_dtype, arrays):
 
 @functools.cache
 def bare(operand_dtype):
-    return every_equation(operand_dtype, {equation: [jnp.float32(x) for x in operands(equation)] for equation in EQUATIONS})
+    return every_equation(
+        operand_dtype, {equation: [jnp.float32(x) for x in operands(equation)] for equation in EQUATIONS}
+    )
 
 
 def rounded(x):
@@ -95,7 +105,9 @@ def test_a_tied_head_trains_in_bfloat16_through_its_transpose():
 
     @jax.jit
     def table_gradient(table_VD, x_BTD, ct_BTV):
-        return jax.grad(lambda table_VD: jnp.sum(ct_BTV * einsum("btd,dv->btv", x_BTD, table_VD.T, "bfloat16")))(table_VD)
+        return jax.grad(lambda table_VD: jnp.sum(ct_BTV * einsum("btd,dv->btv", x_BTD, table_VD.T, "bfloat16")))(
+            table_VD
+        )
 
     found = table_gradient(*(jnp.float32(x) for x in (table_VD, x, ct)))
     expected = oracle("btd,dv->btv", rounded(x), table_VD.T, rounded(ct))[2].T

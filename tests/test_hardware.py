@@ -32,7 +32,9 @@ def test_the_peak_of_this_host_counts_its_cores_once_however_many_virtual_device
     assert jax.device_count() == 8 and flops == 7.0 and source.startswith("measured on")
 
 
-@pytest.mark.parametrize("kind, peak", [("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12)])
+@pytest.mark.parametrize(
+    "kind, peak", [("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12)]
+)
 def test_known_accelerators_come_from_the_data_sheet_times_their_number(monkeypatch, kind, peak):
     monkeypatch.setattr(hardware.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
     monkeypatch.setattr(hardware.jax, "device_count", lambda: 4)

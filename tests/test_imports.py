@@ -1,4 +1,4 @@
-"""The import law: which file may import what, write where, and compile. Each law is shown to catch a planted violation."""
+"""The import law: which file may import what, touch files, and compile. Each law is shown to catch a planted breach."""
 
 import ast
 import re
@@ -29,7 +29,18 @@ NO_JAX = ("text", "data", "configure")
 # Grain names an iterator's position get_state and set_state, and those who take one call them so.
 NOT_NAMES = re.compile(r"_?(get|compute)_(?!state$)|.*(Trainer|Manager|_fn$)|(utils|helpers)$")
 LONGEST_FILE, LONGEST_SCRIPT, LONG_SCRIPTS = 400, 60, ("benchmark.py",)
-FILE_CALLS = {"open", "write_text", "write_bytes", "mkdir", "makedirs", "unlink", "rename", "rmtree", "savefig", "memmap"}
+FILE_CALLS = {
+    "open",
+    "write_text",
+    "write_bytes",
+    "mkdir",
+    "makedirs",
+    "unlink",
+    "rename",
+    "rmtree",
+    "savefig",
+    "memmap",
+}
 
 
 def floor(module: str) -> str:
@@ -62,7 +73,9 @@ def breaches(module: str, source: str) -> list[str]:
             found.append(f"floor {FLOORS[here]} imports {other} of floor {FLOORS[other]}")
     if here == "losses" and not packages <= {"functools", "math", "jax", "jaxllm"}:
         found.append(f"losses import {sorted(packages)}")
-    if here == "losses" and any(name.startswith("jaxllm.") and floor(name) not in ("losses", "einsum") for name in modules):
+    if here == "losses" and any(
+        name.startswith("jaxllm.") and floor(name) not in ("losses", "einsum") for name in modules
+    ):
         found.append("losses import more of jaxllm than einsum")
     if here != "model" and "flax" in packages:
         found.append("only model imports flax")
@@ -94,7 +107,7 @@ def called(node: ast.AST) -> str:
 
 
 def opens_no_file(call: ast.Call) -> bool:
-    """``workdir.open(...)`` and ``checkpoint.open(...)`` are the project's own; they touch files so that others need not."""
+    """``workdir.open(...)`` and ``checkpoint.open(...)`` are the project's own: they touch files for others."""
     owner = getattr(call.func, "value", None)
     return isinstance(owner, ast.Name) and owner.id in MAY_TOUCH_FILES
 
@@ -180,7 +193,11 @@ def test_each_file_says_what_it_is_for(module):
         ("jaxllm.stages", "from configs import common", "neither configs nor scripts"),
         ("jaxllm.model.layers", "import jax\nf = jax.jit(print)", "line 2 compiles"),
         ("jaxllm.model.layers", "import jax\n@jax.jit\ndef f(): pass", "line 2 compiles"),
-        ("jaxllm.train.update", "import functools, jax\nf = functools.partial(jax.jit, donate_argnums=0)", "line 2 compiles"),
+        (
+            "jaxllm.train.update",
+            "import functools, jax\nf = functools.partial(jax.jit, donate_argnums=0)",
+            "line 2 compiles",
+        ),
         ("jaxllm.train.update", "from jax import jit\nf = jit(print)", "line 2 compiles"),
         ("jaxllm.loop", "with open('x') as f: pass", "line 1 touches files: open"),
         ("jaxllm.stages", "path.write_text('x')", "line 1 touches files: write_text"),
@@ -219,7 +236,11 @@ LIAR = "import numpy as np\ndef lie(x_BT):\n    y_BD = x_BT[{0}]\n    return y_B
 
 @pytest.mark.parametrize(
     "cut, lie",
-    [("0", r"y_BD has shape \(3,\)"), (":1", r"y_BD has shape \(1, 3\), but B is 2"), (":, :, None", r"y_BD has shape")],
+    [
+        ("0", r"y_BD has shape \(3,\)"),
+        (":1", r"y_BD has shape \(1, 3\), but B is 2"),
+        (":, :, None", r"y_BD has shape"),
+    ],
 )
 def test_an_array_that_belies_its_name_is_found(tmp_path, name_checker, cut, lie):
     scope = {}

@@ -16,7 +16,9 @@ def test_the_mesh_has_three_explicit_axes_and_fsdp_takes_what_is_left():
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (3, -1, 1), (2, 8, 1), (16, -1, 1)])
 def test_a_mesh_that_is_not_all_devices_is_refused_with_the_product(sizes):
-    with pytest.raises(ValueError, match=r"mesh\.replica=\d+ x mesh\.fsdp=\d+ x mesh\.tensor=\d+ is \d+ devices, but there are 8"):
+    with pytest.raises(
+        ValueError, match=r"mesh\.replica=\d+ x mesh\.fsdp=\d+ x mesh\.tensor=\d+ is \d+ devices, but there are 8"
+    ):
         sharding.mesh(MeshConfig(*sizes))
 
 
@@ -49,7 +51,9 @@ def test_letters_decide_where_activations_and_parameters_lie(make_mesh):
 
 def test_a_parameter_that_does_not_fit_its_row_is_named(make_mesh):
     table, mesh = [("w", "df")], make_mesh(1, 4, 2)
-    with pytest.raises(ValueError, match=r"w has shape \(4, 2, 3\), but its row of the table names the dimensions 'df'"):
+    with pytest.raises(
+        ValueError, match=r"w has shape \(4, 2, 3\), but its row of the table names the dimensions 'df'"
+    ):
         sharding.parameter_shardings(table, {"w": jax.ShapeDtypeStruct((4, 2, 3), "float32")}, mesh)
     with pytest.raises(ValueError, match=r"w: dimension 'f' of length 3 is not a multiple of mesh\.tensor=2"):
         sharding.parameter_shardings(table, {"w": jax.ShapeDtypeStruct((4, 3), "float32")}, mesh)

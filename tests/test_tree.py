@@ -23,7 +23,10 @@ def test_map_named_gives_each_function_call_its_own_name_and_leaves():
 
 def test_match_needs_the_whole_name():
     table = [(r"blocks/.*/bias", 1), (r"blocks/.*/kernel", 2), (r"final_norm/scale", 3)]
-    assert tree.match(table, PARAMS) == {"blocks": {"mlp": {"up": {"kernel": 2, "bias": 1}}}, "final_norm": {"scale": 3}}
+    assert tree.match(table, PARAMS) == {
+        "blocks": {"mlp": {"up": {"kernel": 2, "bias": 1}}},
+        "final_norm": {"scale": 3},
+    }
     with pytest.raises(ValueError, match=r"final_norm/scale of shape \(5,\) matches 0 rows"):
         tree.match(table[:2] + [(r"final_norm", 3)], PARAMS)
     with pytest.raises(ValueError, match=r"final_norm/scale of shape \(5,\) matches 0 rows"):

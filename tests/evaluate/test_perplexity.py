@@ -44,7 +44,9 @@ def dense(tiny, built, rows):
     forward = jax.jit(model.forward)
     for row in range(ROWS):
         one = {name: x[row : row + 1] for name, x in rows.items()}
-        logits = np.float64(forward(params, one["tokens_BT"], positions_BT=one["positions_BT"], segments_BT=one["segments_BT"]))[0]
+        logits = np.float64(
+            forward(params, one["tokens_BT"], positions_BT=one["positions_BT"], segments_BT=one["segments_BT"])
+        )[0]
         for t in np.flatnonzero(one["mask_BT"][0]):
             nats += np.log(np.exp(logits[t]).sum()) - logits[t, one["targets_BT"][0, t]]
     return nats, rows["mask_BT"].sum()
@@ -61,21 +63,33 @@ def test_the_likelihood_does_not_depend_on_the_devices(tiny, built, rows, dense,
     model, params = built(tiny())
     on = make_mesh(1, 4, 2)
     with jax.set_mesh(on):
-        placed = jax.tree.map(jax.device_put, params, sharding.parameter_shardings(parameter_rules(model.config), params, on))
-        measure = evaluator(next_token(model, ObjectiveConfig(0.0)), weighed, lambda batch: sharding.global_batch(batch, on))
+        placed = jax.tree.map(
+            jax.device_put, params, sharding.parameter_shardings(parameter_rules(model.config), params, on)
+        )
+        measure = evaluator(
+            next_token(model, ObjectiveConfig(0.0)), weighed, lambda batch: sharding.global_batch(batch, on)
+        )
         nll = measure(placed, batches(rows, 4))["nll"]
     assert nll.count == dense[1] and abs(nll.total - dense[0]) / dense[1] <= 1e-6
 
 
 def test_sums_over_many_batches_keep_their_digits():
-    measure = evaluator(lambda _, batch: (0.0, {"nll": Ratio(jnp.sum(batch["x"]), jnp.float32(1))}), lambda x: x, lambda x: x)
+    measure = evaluator(
+        lambda _, batch: (0.0, {"nll": Ratio(jnp.sum(batch["x"]), jnp.float32(1))}), lambda x: x, lambda x: x
+    )
     found = measure({}, ({"x": np.full((1, 1), value, np.float32)} for value in [2.0**25] + 64 * [1.0]))["nll"]
     assert (found.total, found.count) == (2.0**25 + 64, 65)
 
 
 def test_likelihood_in_every_unit():
     found = likelihood(Ratio(60.0, 20.0), 50)
-    expected = {"nats_per_token": 3.0, "perplexity": math.e**3, "bits_per_byte": 60 / math.log(2) / 50, "tokens": 20, "bytes": 50}
+    expected = {
+        "nats_per_token": 3.0,
+        "perplexity": math.e**3,
+        "bits_per_byte": 60 / math.log(2) / 50,
+        "tokens": 20,
+        "bytes": 50,
+    }
     assert found == pytest.approx(expected)
     assert math.isfinite(likelihood(Ratio(1e6, 1.0), 1)["perplexity"])
 
@@ -95,7 +109,9 @@ def test_weights_of_a_batch_sum_to_one_over_all_its_micro_batches(packed_batch):
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_every_byte_of_the_files_is_counted_once(tiny, built, tmp_path, batch_size):
     texts = ["plain", "é▁\n😀 more than one row of tokens", "end"]
-    (tmp_path / "texts.jsonl").write_text("".join(f'{{"body": "{text}"}}\n'.replace("\n😀", "\\n😀") for text in texts), encoding="utf-8")
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(f'{{"body": "{text}"}}\n'.replace("\n😀", "\\n😀") for text in texts), encoding="utf-8"
+    )
     model, params = built(tiny(vocab_size=288))
     how = dict(path=str(tmp_path / "texts.jsonl"), field="body", sequence_length=16, batch_size=batch_size)
     found = of_files(model, params, byte_tokenizer(), **how)

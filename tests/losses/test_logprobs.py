@@ -69,15 +69,21 @@ def test_token_logprobs_are_log_softmax_at_the_token():
 
 
 def test_uniform_logits_give_minus_log_v_and_entropy_log_v():
-    logp, logz, entropy = chunked_token_logprobs(jnp.ones((1, 3, D)), jnp.zeros((D, V)), jnp.zeros((1, 3), int), chunk=2)
+    logp, logz, entropy = chunked_token_logprobs(
+        jnp.ones((1, 3, D)), jnp.zeros((D, V)), jnp.zeros((1, 3), int), chunk=2
+    )
     for found, expected in ((logp, -np.log(V)), (logz, np.log(V)), (entropy, np.log(V))):
         np.testing.assert_allclose(found, np.full((1, 3), expected), rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk, temperature, soft_cap", [(1, 1.0, 0.0), (3, 0.6, 0.0), (3, 1.7, 1.5), (7, 1.0, 1.5), (100, 0.6, 0.0)])
+@pytest.mark.parametrize(
+    "chunk, temperature, soft_cap", [(1, 1.0, 0.0), (3, 0.6, 0.0), (3, 1.7, 1.5), (7, 1.0, 1.5), (100, 0.6, 0.0)]
+)
 def test_chunked_scores_and_their_gradients_match_the_oracle(chunk, temperature, soft_cap):
     define = functools.partial(oracle, tokens_BT=TOKENS_BT, temperature=temperature, soft_cap=soft_cap)
-    outputs, (hidden_grad, head_grad) = ours(HIDDEN_BTD, HEAD_DV, chunk=chunk, temperature=temperature, soft_cap=soft_cap)
+    outputs, (hidden_grad, head_grad) = ours(
+        HIDDEN_BTD, HEAD_DV, chunk=chunk, temperature=temperature, soft_cap=soft_cap
+    )
     for found, expected in zip(outputs, define(HIDDEN_BTD, HEAD_DV), strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -188,7 +194,9 @@ WEIGHT_BT = MASK_BT * DRAW.random((B, T))
 
 def loss_and_gradients(hidden_BTD, head_DV, tokens_BT, weight_BT, factor=1.0, **options):
     def loss(hidden_BTD, head_DV):
-        value, logp_BT = chunked_cross_entropy(hidden_BTD, head_DV, jnp.asarray(tokens_BT), jnp.float32(weight_BT), **options)
+        value, logp_BT = chunked_cross_entropy(
+            hidden_BTD, head_DV, jnp.asarray(tokens_BT), jnp.float32(weight_BT), **options
+        )
         return factor * value, logp_BT
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(hidden_BTD, head_DV)
@@ -202,7 +210,9 @@ def test_the_chunked_loss_and_its_gradients_match_the_oracle(chunk, z_coef, soft
 
     labels = np.where(MASK_BT, TOKENS_BT, -100)
     options = dict(chunk=chunk, z_coef=z_coef, soft_cap=soft_cap)
-    (value, logp_BT), gradients = loss_and_gradients(jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), labels, WEIGHT_BT, **options)
+    (value, logp_BT), gradients = loss_and_gradients(
+        jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), labels, WEIGHT_BT, **options
+    )
     np.testing.assert_allclose(value, define(HIDDEN_BTD, HEAD_DV), rtol=1e-6)
     expected = oracle(HIDDEN_BTD, HEAD_DV, TOKENS_BT, soft_cap=soft_cap)[0]
     np.testing.assert_allclose(np.asarray(logp_BT)[MASK_BT], expected[MASK_BT], atol=1e-5)
@@ -220,7 +230,9 @@ def test_the_chunked_loss_passes_on_the_gradient_that_reaches_it():
 
 def test_the_log_probabilities_beside_the_loss_carry_no_gradient():
     def metric(hidden_BTD):
-        return jnp.sum(chunked_cross_entropy(hidden_BTD, jnp.float32(HEAD_DV), TOKENS_BT, jnp.float32(WEIGHT_BT), chunk=3)[1])
+        return jnp.sum(
+            chunked_cross_entropy(hidden_BTD, jnp.float32(HEAD_DV), TOKENS_BT, jnp.float32(WEIGHT_BT), chunk=3)[1]
+        )
 
     assert not np.any(jax.grad(metric)(jnp.float32(HIDDEN_BTD)))
 
@@ -230,7 +242,7 @@ def test_the_chunked_loss_in_bfloat16_is_near_and_gradients_keep_their_arrays_dt
     exact = loss_and_gradients(jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV), TOKENS_BT, WEIGHT_BT, chunk=3)
     hidden_BTD, head_DV = jnp.asarray(HIDDEN_BTD, hidden_dtype), jnp.float32(HEAD_DV)
     found = loss_and_gradients(hidden_BTD, head_DV, TOKENS_BT, WEIGHT_BT, chunk=3, operand_dtype="bfloat16")
-    assert 0 < abs(found[0][0] - exact[0][0]) < 0.01
+    assert 0 < abs(found[0][0] - exact[0][0]) < 0.01 * WEIGHT_BT.sum()
     assert (found[0][0].dtype, found[1][0].dtype, found[1][1].dtype) == ("float32", hidden_dtype, "float32")
     for gradient, same in zip(found[1], exact[1], strict=True):
         assert np.linalg.norm(np.float32(gradient) - same) < 1e-2 * np.linalg.norm(same)
@@ -250,7 +262,11 @@ def test_a_vocabulary_sharded_over_the_mesh_gives_the_same_scores(mesh):
     hidden, head, tokens = draw.normal(size=(B, T, D)), draw.normal(size=(D, V)), draw.integers(0, V, (B, T))
     rows, columns = ("replica", "fsdp"), "tensor"
     place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
-    placed = place(np.float32(hidden), rows, None, None), place(np.float32(head), None, columns), place(tokens, rows, None)
+    placed = (
+        place(np.float32(hidden), rows, None, None),
+        place(np.float32(head), None, columns),
+        place(tokens, rows, None),
+    )
 
     @jax.jit
     def both(hidden_BTD, head_DV, tokens_BT):

@@ -68,7 +68,9 @@ def test_cross_entropy_is_the_weighted_sum_of_minus_logp_and_the_z_loss(z_coef):
 def test_whatever_stands_at_masked_positions_changes_nothing(garbage, z_coef):
     logp, logz = (jnp.float32(DRAW.normal(size=MASK.shape)) for _ in range(2))
     weights = token_weights(MASK)
-    both = jax.value_and_grad(lambda logp, logz: cross_entropy(logp, weights, logz_BT=logz, z_coef=z_coef), argnums=(0, 1))
+    both = jax.value_and_grad(
+        lambda logp, logz: cross_entropy(logp, weights, logz_BT=logz, z_coef=z_coef), argnums=(0, 1)
+    )
     value, gradients = both(logp, logz)
     changed, changed_gradients = both(*(jnp.where(MASK, x, garbage) for x in (logp, logz)))
     assert value == changed

@@ -28,14 +28,20 @@ def arrays():
     return tuple(draw.normal(size=(B, T, heads, H)) for heads in (N, K, K, N))
 
 
-def oracle(q_BTNH, k_BTKH, v_BTKH, *, positions=POSITIONS_BT, segments=SEGMENTS_BT, window=None, scale=0.5, soft_cap=0.0):
+def oracle(
+    q_BTNH, k_BTKH, v_BTKH, *, positions=POSITIONS_BT, segments=SEGMENTS_BT, window=None, scale=0.5, soft_cap=0.0
+):
     """The definition, one query head and position at a time, in float64."""
     out_BTNH = np.zeros_like(q_BTNH)
     for b, t, n in np.ndindex(B, T, N):
         kv_head, scores = n * K // N, {}
         for s in range(T):
             distance = positions[b, t] - positions[b, s]
-            if distance < 0 or (window and distance >= window) or (segments is not None and segments[b, t] != segments[b, s]):
+            if (
+                distance < 0
+                or (window and distance >= window)
+                or (segments is not None and segments[b, t] != segments[b, s])
+            ):
                 continue
             scores[s] = scale * q_BTNH[b, t, n] @ k_BTKH[b, s, kv_head]
             if soft_cap:
@@ -72,7 +78,9 @@ def expected(name):
     directions = [[draw.normal(size=x.shape) for x in inputs] for _ in range(3)]
 
     def moved(own, direction, step):
-        return oracle(*(x + step * d * (i == own) for i, (x, d) in enumerate(zip(inputs, direction, strict=True))), **CASES[name])
+        return oracle(
+            *(x + step * d * (i == own) for i, (x, d) in enumerate(zip(inputs, direction, strict=True))), **CASES[name]
+        )
 
     def slope(own, direction, step=1e-5):
         return np.sum(ct * (moved(own, direction, step) - moved(own, direction, -step))) / (2 * step)
@@ -93,12 +101,20 @@ def test_attention_and_its_gradients_match_the_oracle(implementation, name):
             np.testing.assert_allclose(np.sum(np.float64(gradient) * d), expected_slope, atol=2e-5)
 
 
+@pytest.mark.parametrize("length", [T, 64])
 @pytest.mark.parametrize("name", CASES)
-def test_a_single_query_sees_what_the_last_of_many_sees(name):
+def test_a_single_query_sees_what_the_last_of_many_sees(name, length):
+    """Alone over as many keys, or over a cache whose further keys are later than the query."""
     q, k, v, _ = (jnp.float32(x) for x in arrays())
-    all_of_it = visible(**CASES[name])
-    segments = None if all_of_it.query_segments_BT is None else all_of_it.query_segments_BT[:, -1:]
-    last = all_of_it._replace(query_positions_BT=all_of_it.query_positions_BT[:, -1:], query_segments_BT=segments)
+    seen = visible(**CASES[name])
+    k, v = (jnp.pad(x, ((0, 0), (0, length - T), (0, 0), (0, 0)), constant_values=7.0) for x in (k, v))
+    segments = seen.query_segments_BT
+    last = seen._replace(
+        query_positions_BT=seen.query_positions_BT[:, -1:],
+        key_positions_BS=jnp.pad(seen.key_positions_BS, ((0, 0), (0, length - T)), constant_values=99),
+        query_segments_BT=None if segments is None else segments[:, -1:],
+        key_segments_BS=None if segments is None else jnp.pad(segments, ((0, 0), (0, length - T))),
+    )
     how = dict(scale=CASES[name].get("scale", 0.5), soft_cap=CASES[name].get("soft_cap", 0.0), operand_dtype="float32")
     found = jax.jit(lambda q, k, v: attend(q, k, v, last, implementation="einsum", **how))(q[:, -1:], k, v)
     np.testing.assert_allclose(found, expected(name)[0][:, -1:], atol=1e-5)
@@ -138,11 +154,15 @@ def test_a_window_holds_so_many_keys_the_query_itself_included(window):
 def test_a_query_sees_only_earlier_keys_of_its_own_segment():
     mask_BTS = np.asarray(visible().mask_BTS())
     for b, t, s in np.ndindex(B, T, T):
-        assert mask_BTS[b, t, s] == (SEGMENTS_BT[b, t] == SEGMENTS_BT[b, s] and POSITIONS_BT[b, t] >= POSITIONS_BT[b, s])
+        assert mask_BTS[b, t, s] == (
+            SEGMENTS_BT[b, t] == SEGMENTS_BT[b, s] and POSITIONS_BT[b, t] >= POSITIONS_BT[b, s]
+        )
 
 
 def test_a_soft_cap_is_refused_where_it_would_be_ignored():
-    with pytest.raises(ValueError, match=r"'dot_product' has no soft cap \(model\.attention_soft_cap=0\.8\); use 'einsum'"):
+    with pytest.raises(
+        ValueError, match=r"'dot_product' has no soft cap \(model\.attention_soft_cap=0\.8\); use 'einsum'"
+    ):
         ours("dot_product", CASES["soft cap"])
 
 
@@ -151,9 +171,14 @@ def test_a_soft_cap_is_refused_where_it_would_be_ignored():
 def test_a_mesh_changes_no_number(implementation, shape, make_mesh):
     expected = ours(implementation, CASES["window"])
     on = make_mesh(*shape)
+
+    def put(x, letters):
+        return jax.device_put(np.tile(x, (4,) + (1,) * (x.ndim - 1)), jax.NamedSharding(on, spec(letters)))
+
     with jax.set_mesh(on):
-        put = lambda x, letters: jax.device_put(np.tile(x, (4,) + (1,) * (x.ndim - 1)), jax.NamedSharding(on, spec(letters)))  # noqa: E731
-        q, k, v, ct = (put(np.float32(x), letters) for x, letters in zip(arrays(), ("btnh", "bskh", "bskh", "btnh"), strict=True))
+        q, k, v, ct = (
+            put(np.float32(x), letters) for x, letters in zip(arrays(), ("btnh", "bskh", "bskh", "btnh"), strict=True)
+        )
         positions, segments = put(POSITIONS_BT, "bt"), put(SEGMENTS_BT, "bt")
         visibility = Visibility(positions, positions, segments, segments, jnp.int32(2))
         found = forward_and_back(q, k, v, ct, visibility, implementation=implementation)

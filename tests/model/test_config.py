@@ -20,7 +20,10 @@ def test_the_layer_pattern_repeats_over_the_depth(tiny):
         (dict(dropout=1.0), r"model\.dropout=1\.0 must be in \[0, 1\)"),
         (dict(layer_pattern=("globl",)), r"model\.layer_pattern='globl' must be one of \('global', 'local', 'nope'\)"),
         (dict(layer_pattern=()), r"model\.layer_pattern=\(\) must name at least one layer kind"),
-        (dict(layer_pattern=("local",)), r"model\.sliding_window=0 must be at least 1 where model\.layer_pattern has 'local'"),
+        (
+            dict(layer_pattern=("local",)),
+            r"model\.sliding_window=0 must be at least 1 where model\.layer_pattern has 'local'",
+        ),
         (dict(pre_norm=False), r"model\.pre_norm and model\.post_norm are both False"),
         (dict(activation="relu"), r"model\.activation='relu' must be one of \('silu', 'gelu', 'gelu_tanh'\)"),
         (dict(qk_norm="every"), r"model\.qk_norm='every' must be one of"),

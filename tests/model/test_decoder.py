@@ -62,7 +62,9 @@ def oracle(c, params, tokens_BT, positions_BT, segments_BT):
 def oracle_block(c, block, kind, x, positions, segments):
     before = lambda name, x_D: norm(c, block[name], x_D) if c.pre_norm else x_D  # noqa: E731
     after = lambda name, x_D: norm(c, block[name], x_D) if c.post_norm else x_D  # noqa: E731
-    mixed = oracle_attention(c, block["attention"], kind, [before("attention_pre_norm", x_D) for x_D in x], positions, segments)
+    mixed = oracle_attention(
+        c, block["attention"], kind, [before("attention_pre_norm", x_D) for x_D in x], positions, segments
+    )
     x = [x_D + after("attention_post_norm", y_D) for x_D, y_D in zip(x, mixed, strict=True)]
     return [x_D + after("mlp_post_norm", oracle_mlp(c, block["mlp"], before("mlp_pre_norm", x_D))) for x_D in x]
 
@@ -80,9 +82,13 @@ def oracle_attention(c, params, kind, x, positions, segments):
                 if segments[s] != segments[t] or (kind == "local" and positions[t] - positions[s] >= c.sliding_window):
                     continue
                 score = (c.attention_scale or 1 / math.sqrt(c.head_width)) * q_NH[n] @ keys[s][k]
-                weights[s] = math.exp(c.attention_soft_cap * math.tanh(score / c.attention_soft_cap) if c.attention_soft_cap else score)
+                weights[s] = math.exp(
+                    c.attention_soft_cap * math.tanh(score / c.attention_soft_cap) if c.attention_soft_cap else score
+                )
             heads[n] = sum(weight * values[s][k] for s, weight in weights.items()) / sum(weights.values())
-        out.append(sum(heads[n] @ params["output"]["kernel"][n] for n in range(c.num_heads)) + params["output"].get("bias", 0))
+        out.append(
+            sum(heads[n] @ params["output"]["kernel"][n] for n in range(c.num_heads)) + params["output"].get("bias", 0)
+        )
     return out
 
 
@@ -178,7 +184,9 @@ def test_a_local_layer_sees_its_window_and_no_further(tiny, built, window):
 def test_packed_documents_are_as_if_alone_and_never_see_each_other(tiny, built, attention, pattern):
     config = tiny(attention=attention, layer_pattern=pattern, sliding_window=3)
     _, params = built(config)
-    packed = np.asarray(compiled(config)(params, TOKENS_BT[:1], positions_BT=POSITIONS_BT[:1], segments_BT=SEGMENTS_BT[:1]))
+    packed = np.asarray(
+        compiled(config)(params, TOKENS_BT[:1], positions_BT=POSITIONS_BT[:1], segments_BT=SEGMENTS_BT[:1])
+    )
     for document in (slice(0, 4), slice(4, 7)):
         alone = compiled(config)(params, TOKENS_BT[:1, document])
         np.testing.assert_allclose(packed[:, document], alone, atol=1e-5)
@@ -194,6 +202,14 @@ def test_positions_are_counted_from_zero_unless_told(tiny, built):
     _, params = built(config)
     told = compiled(config)(params, TOKENS_BT, positions_BT=np.tile(np.arange(T), (B, 1)))
     np.testing.assert_array_equal(compiled(config)(params, TOKENS_BT), told)
+
+
+def test_a_row_may_be_a_single_token(tiny, built):
+    config = tiny()
+    _, params = built(config)
+    np.testing.assert_allclose(
+        compiled(config)(params, TOKENS_BT[:, :1]), compiled(config)(params, TOKENS_BT)[:, :1], atol=1e-5
+    )
 
 
 # ---- dropout ----
@@ -241,7 +257,15 @@ def loss_and_gradient(config, built):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(remat="full"), dict(remat="projections"), dict(unroll=2), dict(unroll=0), dict(unroll=9), dict(attention="dot_product"), dict(loss_chunk=1)],
+    [
+        dict(remat="full"),
+        dict(remat="projections"),
+        dict(unroll=2),
+        dict(unroll=0),
+        dict(unroll=9),
+        dict(attention="dot_product"),
+        dict(loss_chunk=1),
+    ],
     ids=str,
 )
 def test_how_a_program_runs_changes_neither_loss_nor_gradient(tiny, built, changes):
@@ -257,7 +281,9 @@ def test_how_a_program_runs_changes_neither_loss_nor_gradient(tiny, built, chang
 def test_bfloat16_loses_less_than_a_hundredth_of_a_nat(tiny, built, narrow):
     _, params = built(tiny())
     exact = jax.jit(functools.partial(loss, tiny()))(params)
-    found, gradient = jax.jit(jax.value_and_grad(functools.partial(loss, tiny(**({"operand_dtype": "bfloat16"} | narrow)))))(params)
+    found, gradient = jax.jit(
+        jax.value_and_grad(functools.partial(loss, tiny(**({"operand_dtype": "bfloat16"} | narrow))))
+    )(params)
     assert 0 < abs(found - exact) <= 1e-2
     assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
 
@@ -319,7 +345,11 @@ def test_every_rule_is_some_parameters_and_every_parameter_has_one(tiny):
         config = tiny(qk_norm=qk_norm, **everything)
         rules = parameter_rules(config)
         letters = tree.match(rules, abstract_params(config))
-        jax.tree.map(lambda leaf, row: len(leaf.shape) == len(row) or pytest.fail(f"{leaf} {row}"), abstract_params(config), letters)
+        jax.tree.map(
+            lambda leaf, row: len(leaf.shape) == len(row) or pytest.fail(f"{leaf} {row}"),
+            abstract_params(config),
+            letters,
+        )
         used |= {pattern for pattern, _ in rules if any(re.fullmatch(pattern, name) for name in tree.names(letters))}
     assert used == {pattern for pattern, _ in rules}
 
@@ -334,7 +364,9 @@ def test_blocks_are_stacked_and_optional_parts_are_absent(tiny):
 
 def test_each_kind_of_parameter_starts_with_its_documented_deviation(tiny):
     sizes = dict(vocab_size=512, width=128, mlp_width=256, num_heads=8, num_kv_heads=4, head_width=32, num_layers=3)
-    config = tiny(**sizes, tied_head=False, qkv_bias=True, mlp_bias=True, output_bias=True, qk_norm="head", post_norm=True)
+    config = tiny(
+        **sizes, tied_head=False, qkv_bias=True, mlp_bias=True, output_bias=True, qk_norm="head", post_norm=True
+    )
     params = jax.jit(build(config).init)(jax.random.key(0))
     wide, residual = 128**-0.5, 6**-0.5
     expected = {
@@ -384,22 +416,28 @@ def test_the_model_is_pure_functions_over_a_dict(tiny):
 
 CHANGES = dict(
     vocab_size=42, num_layers=3, width=18, mlp_width=26, num_heads=2, num_kv_heads=1, head_width=8, activation="gelu",
-    norm_eps=1e-4, norm_offset=1.0, pre_norm=False, post_norm=False, qk_norm="all", qkv_bias=False, output_bias=True, mlp_bias=True,
+    norm_eps=1e-4, norm_offset=1.0, pre_norm=False, post_norm=False, qk_norm="all", qkv_bias=False, output_bias=True,
+    mlp_bias=True,
     tied_head=False, embedding_scale=2.0, attention_scale=0.5, attention_soft_cap=3.0, logit_soft_cap=3.0,
-    layer_pattern=("global", "local"), sliding_window=3, dropout=0.2, activation_dtype="bfloat16", operand_dtype="bfloat16",
+    layer_pattern=("global", "local"), sliding_window=3, dropout=0.2, activation_dtype="bfloat16",
+    operand_dtype="bfloat16",
     attention="dot_product", remat="full", unroll=2, loss_chunk=3,
 )  # fmt: skip
 ROPE_CHANGES = dict(
     theta=11.0, local_theta=7.0, scaling="yarn", factor=3.0, original_length=9, low_frequency=0.5, high_frequency=2.0
 )  # fmt: skip
 ROPE = dict(theta=10.0, scaling="llama3", factor=2.0, original_length=6, low_frequency=0.1, high_frequency=0.9)
-BASE = dict(post_norm=True, qkv_bias=True, qk_norm="head", layer_pattern=("local", "global"), sliding_window=2, dropout=0.1)
+BASE = dict(
+    post_norm=True, qkv_bias=True, qk_norm="head", layer_pattern=("local", "global"), sliding_window=2, dropout=0.1
+)
 
 
 def program(config):
     """The text of the program of the loss, and the numbers in it."""
     closed = jax.make_jaxpr(functools.partial(loss, config, dropout_key=jax.random.key(0)))(abstract_params(config))
-    return str(closed.jaxpr), [np.asarray(x).tobytes() for x in closed.consts if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
+    return str(closed.jaxpr), [
+        np.asarray(x).tobytes() for x in closed.consts if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
 
 
 def test_every_field_is_tried():

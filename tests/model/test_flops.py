@@ -6,11 +6,15 @@ from jaxllm.losses import token_logprobs
 from jaxllm.model import build, flops_per_token
 
 # Large enough that the matrix products outweigh all else; the masked half of the scores counts, as it is computed.
-SIZES = dict(vocab_size=1024, num_layers=2, width=256, mlp_width=640, num_heads=4, num_kv_heads=2, head_width=96, unroll=2)
+SIZES = dict(
+    vocab_size=1024, num_layers=2, width=256, mlp_width=640, num_heads=4, num_kv_heads=2, head_width=96, unroll=2
+)
 B, T = 2, 256
 
 
-@pytest.mark.parametrize("changes", [{}, dict(num_kv_heads=4, tied_head=False), dict(mlp_width=64, head_width=256)], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, dict(num_kv_heads=4, tied_head=False), dict(mlp_width=64, head_width=256)], ids=str
+)
 def test_flops_agree_with_the_compilers_own_count(tiny, changes):
     config = tiny(**(SIZES | changes))
     model = build(config)

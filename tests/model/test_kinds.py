@@ -9,7 +9,10 @@ POSITIONS_BT = jnp.arange(5)[None, :]
 
 def test_each_layer_gets_the_table_and_window_of_its_own_kind(tiny):
     config = tiny(
-        num_layers=4, layer_pattern=("local", "nope", "global"), sliding_window=3, rope=dict(theta=100.0, local_theta=10.0)
+        num_layers=4,
+        layer_pattern=("local", "nope", "global"),
+        sliding_window=3,
+        rope=dict(theta=100.0, local_theta=10.0),
     )
     kinds = LayerKinds(config, POSITIONS_BT)
     for index, kind in zip(kinds.index_L, ("local", "nope", "global", "local"), strict=True):

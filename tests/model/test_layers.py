@@ -31,7 +31,8 @@ def test_rms_norm_of_bfloat16_rounds_only_its_result(tiny):
 
 
 @pytest.mark.parametrize(
-    "equation, shape, inputs", [("btd,dnh->btnh", (16, 4, 6), 16), ("btnh,nhd->btd", (4, 6, 16), 24), ("btf,fd->btd", (24, 16), 24)]
+    "equation, shape, inputs",
+    [("btd,dnh->btnh", (16, 4, 6), 16), ("btnh,nhd->btd", (4, 6, 16), 24), ("btf,fd->btd", (24, 16), 24)],
 )
 def test_a_projections_deviation_falls_with_the_root_of_its_inputs(tiny, equation, shape, inputs):
     shape = tuple(4 * length for length in shape)

@@ -10,7 +10,13 @@ from jaxllm.model.rope import rotate, table, wavelengths
 
 H = 16
 PLAIN = dict(
-    theta=500000.0, local_theta=0.0, scaling="none", factor=8.0, original_length=8192, low_frequency=1.0, high_frequency=4.0
+    theta=500000.0,
+    local_theta=0.0,
+    scaling="none",
+    factor=8.0,
+    original_length=8192,
+    low_frequency=1.0,
+    high_frequency=4.0,
 )
 SCALINGS = {
     "none": {},
@@ -25,7 +31,7 @@ def config(scaling="none", **changes):
 
 
 def frequencies(scaling):
-    """(radians per position of each pair, factor on the table) in Python floats, from the papers' case by case forms."""
+    """(radians per position of each pair, factor on the table) in Python floats, case by case as in the papers."""
     rope = config(scaling)
     plain = [1 / rope.theta ** (2 * pair / H) for pair in range(H // 2)]
     if scaling == "none":
@@ -64,7 +70,10 @@ def test_tables_match_float64_at_every_position_and_at_the_last(scaling):
 
 @pytest.mark.parametrize("scaling", ["llama3", "yarn"])
 def test_stretching_keeps_the_fast_pairs_and_divides_the_slow_ones(scaling):
-    plain, stretched = wavelengths(config(), H, local=False)[0], wavelengths(config(scaling, theta=PLAIN["theta"]), H, local=False)[0]
+    plain, stretched = (
+        wavelengths(config(), H, local=False)[0],
+        wavelengths(config(scaling, theta=PLAIN["theta"]), H, local=False)[0],
+    )
     ratio = plain / stretched
     assert ratio[0] == 1 and math.isclose(ratio[-1], config(scaling).factor)
     assert np.any((ratio > 1.01) & (ratio < config(scaling).factor - 0.01))
@@ -92,7 +101,9 @@ def test_rotation_turns_each_pair_of_halves_as_a_complex_number():
     inverse, _ = frequencies("none")
     for b, t, n in np.ndindex(2, 3, 2):
         for pair in range(H // 2):
-            turned = complex(x_BTNH[b, t, n, pair], x_BTNH[b, t, n, pair + H // 2]) * cmath.exp(1j * positions_BT[b, t] * inverse[pair])
+            turned = complex(x_BTNH[b, t, n, pair], x_BTNH[b, t, n, pair + H // 2]) * cmath.exp(
+                1j * positions_BT[b, t] * inverse[pair]
+            )
             np.testing.assert_allclose(found[b, t, n, [pair, pair + H // 2]], [turned.real, turned.imag], atol=1e-5)
 
 
@@ -101,7 +112,9 @@ def test_scores_depend_on_the_distance_alone():
     q, k = (jnp.float32(draw.normal(size=(1, 1, 1, H))) for _ in range(2))
 
     def score(at, of):
-        turned = [rotate(x, table(config(), H, jnp.full((1, 1), position), "global")) for x, position in ((q, at), (k, of))]
+        turned = [
+            rotate(x, table(config(), H, jnp.full((1, 1), position), "global")) for x, position in ((q, at), (k, of))
+        ]
         return float(jnp.sum(turned[0] * turned[1]))
 
     assert math.isclose(score(9, 4), score(4001, 3996), abs_tol=1e-5)
@@ -122,7 +135,10 @@ def test_rotation_keeps_the_dtype_and_rounds_once():
     [
         (dict(scaling="ntk"), r"model\.rope\.scaling='ntk' must be one of"),
         (dict(theta=0.0), r"model\.rope\.theta=0\.0 must be positive"),
-        (dict(scaling="linear", factor=0.0), r"model\.rope\.factor=0\.0 must be positive where model\.rope\.scaling='linear'"),
+        (
+            dict(scaling="linear", factor=0.0),
+            r"model\.rope\.factor=0\.0 must be positive where model\.rope\.scaling='linear'",
+        ),
         (dict(scaling="llama3", original_length=0), r"'llama3' needs original_length > 0"),
         (dict(scaling="yarn", low_frequency=4.0, high_frequency=1.0), r"'yarn' needs .* not 8192, 4\.0 and 1\.0"),
     ],

@@ -68,7 +68,9 @@ def test_a_batch_without_a_target_has_loss_and_gradient_zero(tiny, built, packed
     model, params = built(tiny())
     batch = {name: np.zeros_like(x) for name, x in micro_batch(packed_batch).items()}
     with jax.debug_nans(True):
-        value, gradient = jax.jit(jax.value_and_grad(lambda *x: next_token(model, ObjectiveConfig(1e-3))(*x)[0]))(params, batch)
+        value, gradient = jax.jit(jax.value_and_grad(lambda *x: next_token(model, ObjectiveConfig(1e-3))(*x)[0]))(
+            params, batch
+        )
     assert value == 0 and not any(np.any(x) for x in jax.tree.leaves(gradient))
 
 

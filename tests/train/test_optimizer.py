@@ -10,7 +10,15 @@ import pytest
 from configs import common
 from jaxllm import sharding
 from jaxllm.configure import section
-from jaxllm.train.optimizer import SPIKE_HISTORY, AverageState, OptimizerConfig, SpikeState, find_state, optimizer, schedule
+from jaxllm.train.optimizer import (
+    SPIKE_HISTORY,
+    AverageState,
+    OptimizerConfig,
+    SpikeState,
+    find_state,
+    optimizer,
+    schedule,
+)
 
 RULES = (
     (r"blocks/attention/query/kernel", "ldnh"),
@@ -37,7 +45,9 @@ def config(**changes):
 
 def drawn(seed):
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda shape: np.float32(draw.normal(size=shape)), SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(
+        lambda shape: np.float32(draw.normal(size=shape)), SHAPES, is_leaf=lambda x: isinstance(x, tuple)
+    )
 
 
 @functools.cache
@@ -66,7 +76,10 @@ def stepped(params, gradients, values=None, **changes):
 
 
 def flat(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.float64(x) for path, x in jax.tree.leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.float64(x)
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 # ---- schedules ----
@@ -165,7 +178,9 @@ def test_frozen_leaves_stay_bit_for_bit_and_have_no_moments(name):
     found, state = stepped(params, [drawn(1), drawn(2)], **changes)[-1]
     for leaf, x in flat(found).items():
         moved = np.any(x != flat(params)[leaf])
-        assert moved == leaf.startswith("blocks") and leaf.endswith("kernel") or not moved and not leaf.endswith("kernel"), leaf
+        assert (
+            moved == leaf.startswith("blocks") and leaf.endswith("kernel") or not moved and not leaf.endswith("kernel")
+        ), leaf
     assert not any(np.shape(leaf) in ((10, 8), (8,), (2, 8)) for leaf in jax.tree.leaves(state))
 
 
@@ -284,7 +299,10 @@ def test_muon_leaves_tables_biases_and_norms_to_adamw():
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_each_optimizer_lowers_a_quadratic(name):
     target = drawn(3)
-    distance = lambda params: sum(np.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True))  # noqa: E731
+
+    def distance(params):
+        return sum(np.sum((x - y) ** 2) for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(target), strict=True))
+
     params, state = drawn(0), chain(name=name, learning_rate=0.2).init(drawn(0))
     for _step in range(20):
         grads = jax.tree.map(lambda x, y: x - y, params, target)

@@ -27,7 +27,9 @@ def optimizer_config():
 
 def keep_gradients():
     """An optimizer's first link that remembers the gradients it was given."""
-    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, *_: (grads, grads))
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda grads, *_: (grads, grads)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,18 @@ def one_update(tiny, built, packed_batch, optimizer_config):
             params = jax.tree.map(jax.device_put, params, sharding.parameter_shardings(rules, params, on))
             batch = sharding.global_batch(batch, on)
         loss = next_token(model, ObjectiveConfig(1e-3))
-        state, metrics = jax.jit(functools.partial(update, loss=loss, optimizer=chain))(init_state(params, chain), batch)
+        state, metrics = jax.jit(functools.partial(update, loss=loss, optimizer=chain))(
+            init_state(params, chain), batch
+        )
         assert state.step == 1
-        jax.tree.map(lambda new, old: new.sharding == old.sharding or pytest.fail(str(new.sharding)), state.params, jax.tree.map(jnp.asarray, params))
-        return jax.device_get((metrics["loss"], metrics["nll"].value, metrics["grad_norm"], state.opt_state[0], state.params))
+        jax.tree.map(
+            lambda new, old: new.sharding == old.sharding or pytest.fail(str(new.sharding)),
+            state.params,
+            jax.tree.map(jnp.asarray, params),
+        )
+        return jax.device_get(
+            (metrics["loss"], metrics["nll"].value, metrics["grad_norm"], state.opt_state[0], state.params)
+        )
 
     return one_update
 
@@ -187,7 +197,9 @@ def test_a_hundred_bfloat16_steps_move_every_norm_weight_and_state_stays_float32
     assert set(floating) == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow), pytest.param("adafactor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["adamw", pytest.param("muon", marks=pytest.mark.slow), pytest.param("adafactor", marks=pytest.mark.slow)]
+)
 def test_one_batch_is_learned_by_heart(tiny, packed_batch, name):
     config = tiny(width=32, mlp_width=64, head_width=8)
     values = common.get_config().optimizer
