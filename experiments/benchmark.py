@@ -32,6 +32,7 @@ from jaxllm import hardware, loop, sharding, tree, workdir  # noqa: E402
 from jaxllm.generate import generate  # noqa: E402
 from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_entropy, token_logprobs  # noqa: E402
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
+from jaxllm.model.single_query import key_blocks  # noqa: E402
 from jaxllm.stages import STAGES, RunConfig, Stage, run_config  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
@@ -98,7 +99,7 @@ def reference_loss(config: DecoderConfig, params, batch):
 
 
 def reference_step(bench: Bench, batch) -> tuple[Callable, float]:
-    """(the step on the whole batch at once, with optax's AdamW, from the run's first parameters; seconds to compile it)."""
+    """(the step on the whole batch with optax's AdamW, from the run's first parameters; seconds to compile it)."""
     o = bench.config.optimizer
     adamw = optax.adamw(o.learning_rate / max(o.warmup, 1), o.b1, o.b2, o.eps, weight_decay=o.weight_decay)
     optimizer = optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
@@ -144,9 +145,7 @@ def train(bench: Bench) -> dict:
     for name, (_, compile_seconds) in programs.items():
         operands, title = ("float32", name) if name == "reference" else (name, f"{name} operands")
         found[f"{title}, tokens/s"] = spread(tokens / rounds[name])
-        found[f"{title}, share of the {operands} peak (MFU)"] = spread(
-            flops / rounds[name] / rounds[f"peak {operands}"]
-        )
+        found[f"{title}, MFU of the {operands} peak"] = spread(flops / rounds[name] / rounds[f"peak {operands}"])
         found[f"{title}, times the reference"] = spread(rounds["reference"] / rounds[name])
         found[f"{title}, compile s"] = compile_seconds
     return found
@@ -176,10 +175,10 @@ def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) ->
 
 
 def decode_floor(bench: Bench, params, *, rows: int, prompt: int, new: int) -> float:
-    """Seconds of the prompts' products, then of every new token: its products, and its look at the cache at its mean length.
+    """Seconds of the prompts' products, then of every new token its products and its look at the cache.
 
-    Each takes at least its bytes over the copy bandwidth (weights in the operands' dtype, the cache in its own, each read
-    once) and at least its FLOPs over the peak of its dtype, whichever is longer.
+    Each takes at least its bytes over the copy bandwidth (weights in the operands' dtype, the cache in its own at its
+    mean length, each read once) and at least its FLOPs over the peak of its dtype, whichever is longer.
     """
     config = bench.stage.model.config
     peak, bandwidth = bench.peaks[config.operand_dtype], bench.bandwidth
@@ -237,7 +236,7 @@ def loader(bench: Bench) -> dict:
 
 
 def overhead(bench: Bench, *, layers: int = 12) -> dict:
-    """Host time of a step of a deep, tiny model: placing the batch and the call, which returns before the work is done."""
+    """Host time of a step of a deep, tiny model: placing the batch, and the call, which returns before its end."""
     sizes = dict(num_layers=layers, width=16, mlp_width=16, num_heads=2, num_kv_heads=2, head_width=16)
     batch = {name: x[:1, :, :8] for name, x in next(bench.stage.batches).items()}
     times = []
@@ -253,14 +252,14 @@ def overhead(bench: Bench, *, layers: int = 12) -> dict:
 
 
 def cache(bench: Bench, *, rows: int = 16, tokens: int = 64) -> dict:
-    """Appending one token to one layer's cache inside a loop that carries it: in place, its length does not matter."""
+    """Appending tokens to one layer's cache in a loop that carries it: done in place, its length does not matter."""
     config = dataclasses.replace(bench.stage.model.config, num_layers=1)
     new_B1KH = jnp.ones((rows, 1, config.num_kv_heads, config.head_width))
 
     def append(step, layer):
-        start_B = jnp.full((rows,), step)
-        k_BSKH, v_BSKH = decoding._append(config.operand_dtype, layer, start_B, new_B1KH, new_B1KH)
-        return {"key": k_BSKH.transpose(0, 2, 3, 1), "value": v_BSKH.transpose(0, 2, 1, 3)}
+        positions_B1 = jnp.full((rows, 1), step)
+        k_BSKH, v_BSKH = decoding._append(config.operand_dtype, layer, positions_B1, new_B1KH, new_B1KH)
+        return {"key": key_blocks(k_BSKH), "value": v_BSKH.transpose(0, 2, 1, 3)}
 
     program = jax.jit(lambda layer: jax.lax.fori_loop(0, tokens, append, layer), donate_argnums=0)
     runs = {}
@@ -315,7 +314,7 @@ def compiled(program, state, batch) -> tuple[Callable, float]:
 
 
 def repeating(step: Callable, state) -> Callable:
-    """A function that feeds the state that a call returns (first, if it returns more) to the next, which may donate it."""
+    """A function that feeds the state a call returns (first, if it returns more) to the next, which may donate it."""
 
     def run():
         nonlocal state
@@ -334,7 +333,7 @@ def seconds(run: Callable) -> float:
 
 
 def turns(measures: dict[str, Callable[[], float]], limit: float) -> dict[str, np.ndarray]:
-    """What each measures in each round, taking turns, forth and back, for ``limit`` seconds and three rounds at least."""
+    """What each measures in each round, in turns forth and back, for ``limit`` seconds and three rounds at least."""
     rounds, end = [], time.perf_counter() + limit
     while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
         order = list(measures) if len(rounds) % 2 == 0 else list(reversed(measures))

@@ -60,7 +60,7 @@ def test_a_run_builds_and_its_update_has_shapes(run, arg, make_mesh):
 def test_a_run_says_its_command_and_refuses_an_unknown_argument(run):
     module = importlib.import_module(f"configs.{run}")
     assert f"--config=configs/{run}.py" in module.__doc__
-    with pytest.raises(ValueError, match=f"configs/{run}.py takes no argument or 'tiny', not 'tinny'"):
+    with pytest.raises(ValueError, match=f"configs/{run}.py takes no argument, or 'tiny', not 'tinny'"):
         module.get_config("tinny")
 
 

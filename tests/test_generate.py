@@ -188,8 +188,8 @@ def test_a_row_ends_with_its_stop_token_and_changes_no_other(tiny, built):
 def test_the_loop_stops_when_every_row_has(tiny, built):
     model, params = built(tiny())
     how = dict(sampler=GREEDY, stop_ids=tuple(range(40)), pad_id=0)
-    state = generation.start(model, params, prompts(2, 4), np.array([4, 2]), KEY, new_length=16, **how)
-    assert int(generation.advance(model, params, state, 16, **how).steps) == 1
+    state = generation._start(model, params, prompts(2, 4), np.array([4, 2]), KEY, new_length=16, **how)
+    assert int(generation._advance(model, params, state, 16, **how).steps) == 1
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
@@ -201,7 +201,7 @@ def test_logp_is_the_forward_pass_at_the_temperature_before_any_filter(temperatu
     assert new.logp_BT.dtype == np.float32
     for row, length in enumerate(lengths):
         full = np.concatenate([tokens[row, :length], new.tokens_BT[row]])[None]
-        logits_BTV = model.forward(params, full[:, :-1]) / (temperature or 1.0)
+        logits_BTV = jax.jit(model.forward)(params, full[:, :-1]) / (temperature or 1.0)
         logp_BT = token_logprobs(logits_BTV, full[:, 1:])
         np.testing.assert_allclose(new.logp_BT[row], logp_BT[0, length - 1 :], atol=1e-4)
 
@@ -214,7 +214,7 @@ def test_the_returned_ids_are_the_sampled_ones_even_where_text_would_not_give_th
     assert any(ids != row for ids, row in zip(again, new.tokens_BT.tolist(), strict=True))
     # Decoding one more token from exactly these ids gives their log-probabilities: they are what the model saw.
     full = np.concatenate([prompts(8, 4, vocab_size=288), new.tokens_BT], axis=1)
-    logp_BT = token_logprobs(model.forward(params, full[:, :-1]), full[:, 1:])
+    logp_BT = token_logprobs(jax.jit(model.forward)(params, full[:, :-1]), full[:, 1:])
     np.testing.assert_allclose(new.logp_BT, logp_BT[:, 3:], atol=1e-4)
 
 
@@ -264,7 +264,7 @@ def count(jaxpr, name):
 def programs(model, params, sampler):
     """(jaxpr, optimised HLO) of the loop over tokens."""
     how = dict(sampler=sampler, stop_ids=(3,), pad_id=0)
-    state = generation.start(model, params, prompts(2, 4), np.array([4, 2]), KEY, new_length=16, **how)
+    state = generation._start(model, params, prompts(2, 4), np.array([4, 2]), KEY, new_length=16, **how)
     traced = generation._advance.trace(model, params, state, 16, **how)
     return traced.jaxpr.jaxpr, traced.lower().compile().as_text()
 

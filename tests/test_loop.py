@@ -4,6 +4,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -56,7 +57,7 @@ def source(tmp_path_factory):
 def make_values(source, changes=()):
     """A config with everything switched on that has a state: dropout, accumulation, average, spike guard, warm-up."""
     config = common.get_config()
-    sizes = dict(num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_width=8, loss_chunk=16)
+    sizes = dict(num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_width=8, loss_chunk=16, operand_dtype="float32")
     config.model = common.llama(**sizes, dropout=0.1)
     config.tokenizer.kind = "bytes"
     config.data.sources.main.path = str(source)
@@ -138,7 +139,7 @@ def train_in_a_new_process(values, directory, *, kill_at=0, devices=8):
     """The same as ``train``, in another Python; returns the fingerprint of each step's batch."""
     environment = {
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"]),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -611,6 +612,8 @@ def test_an_absurd_learning_rate_is_stopped_by_name(values, tmp_path):
     assert finite_checkpoint(tmp_path / "run") >= 1
 
 
+# TensorStore goes on for a while in its own threads, with nobody left to tell.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(straight, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -642,7 +645,7 @@ def test_a_row_that_cannot_be_written_stops_the_run(straight, tmp_path):
         (dict(data__sequence_length=1), r"sequence_length=1 is too short: a row needs at least 2"),
         (dict(data__validation=0.0001), r"60 documents, and none for validation .*change validation"),
         (dict(tokenizer__kind="sentencepiece"), r"vocab_size=4096 is larger than the corpus supports: at most \d+"),
-        (dict(model__num_kv_heads=3), r"num_heads=4 is not a multiple of num_kv_heads=3"),
+        (dict(model__num_kv_heads=3), r"num_heads=4 is not a multiple of model.num_kv_heads=3"),
         (dict(stage="pretrian"), r"config.stage='pretrian' is not a stage; did you mean 'pretrain'"),
     ],
 )
@@ -672,7 +675,7 @@ def test_another_config_is_refused_and_accepted_on_request_which_shows_the_chang
 def test_a_change_that_does_not_fit_the_checkpoint_is_refused_and_leaves_the_run_as_it_was(straight, values, tmp_path):
     train(straight.values, tmp_path / "run", at={6: stop})
     before = (tmp_path / "run" / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"params/\S+: saved float32\[.*\], wanted float32\[.*\]"):
+    with pytest.raises(ValueError, match=r"mlp/down/kernel: saved float32\[2, 24, 16\], wanted float32\[2, 32, 16\]"):
         train(values(model__mlp_width=32), tmp_path / "run", accept_changes=True)
     assert (tmp_path / "run" / "config.json").read_bytes() == before
     train(straight.values, tmp_path / "run")

@@ -137,7 +137,17 @@ def _hidden(config, apply, params, tokens_BT, *, positions_BT=None, segments_BT=
         return x_BTD, None
 
     keys = None if dropout_key is None else jax.random.split(dropout_key, config.num_layers)
-    x_BTD, _ = jax.lax.scan(
-        block, x_BTD, (params["blocks"], kinds.index_L, keys), unroll=min(config.unroll or config.num_layers, config.num_layers)
-    )
+    layers = (params["blocks"], kinds.index_L, keys)
+    if 0 < config.unroll < config.num_layers:
+        x_BTD, _ = jax.lax.scan(block, x_BTD, layers, unroll=config.unroll)
+    else:
+        for layer in _apart(layers, config.num_layers):
+            x_BTD, _ = block(x_BTD, layer)
     return apply["final_norm"](params["final_norm"], x_BTD)
+
+
+def _apart(layers: Tree, count: int) -> list[Tree]:
+    """The tree of each layer. Split and not indexed: the gradient of a split is a single concatenation."""
+    leaves, structure = jax.tree.flatten(layers)
+    parts = [[jax.lax.squeeze(part, (0,)) for part in jax.lax.split(leaf, (1,) * count)] for leaf in leaves]
+    return [structure.unflatten(layer) for layer in zip(*parts, strict=True)]

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -51,7 +52,7 @@ def config(tmp_path):
 def start(config, workdir, *flags, devices=1):
     """The script, started as a user starts it."""
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": re.sub("device_count=[0-9]+", f"device_count={devices}", os.environ["XLA_FLAGS"]),
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -67,8 +67,8 @@ def test_extending_in_pieces_equals_extending_at_once(tiny, built):
     model, params = built(tiny(**ARCHITECTURES["soft caps and a sliding window"]))
     cache = model.cache(4, 16)
     for first, last in ((0, 5), (5, 6), (6, 12)):
-        logits, cache = model.extend(params, cache, TOKENS[:, first:last], jnp.full(4, last - first))
-    np.testing.assert_allclose(logits, model.forward(params, TOKENS[:, :12])[:, -1], atol=1e-4)
+        logits, cache = jax.jit(model.extend)(params, cache, TOKENS[:, first:last], jnp.full(4, last - first))
+    np.testing.assert_allclose(logits, jax.jit(model.forward)(params, TOKENS[:, :12])[:, -1], atol=1e-4)
     np.testing.assert_array_equal(cache["length_B"], [12] * 4)
 
 
@@ -89,20 +89,20 @@ def test_what_lies_behind_a_rows_length_has_no_influence(tiny, built):
 
 def test_a_lengthened_cache_continues_as_a_long_one(tiny, built):
     model, params = built(tiny())
-    _, long = model.extend(params, model.cache(4, 150), TOKENS[:, :8], LENGTHS)
-    _, short = model.extend(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
+    _, long = jax.jit(model.extend)(params, model.cache(4, 150), TOKENS[:, :8], LENGTHS)
+    _, short = jax.jit(model.extend)(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
     short = decoding.lengthened(short, 150)
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
-    expected, _ = model.decode(params, long, TOKENS[:, 9])
-    np.testing.assert_allclose(model.decode(params, short, TOKENS[:, 9])[0], expected, atol=1e-5)
+    expected, _ = jax.jit(model.decode)(params, long, TOKENS[:, 9])
+    np.testing.assert_allclose(jax.jit(model.decode)(params, short, TOKENS[:, 9])[0], expected, atol=1e-5)
 
 
 def test_ready_parameters_decode_as_the_parameters_do_and_stay_ready(tiny, built):
     model, params = built(tiny(operand_dtype="bfloat16"))
     ready = decoding.ready(model.config, params)
     assert decoding.ready(model.config, ready) is ready
-    expected, _ = model.extend(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
-    np.testing.assert_array_equal(model.extend(ready, model.cache(4, 8), TOKENS[:, :8], LENGTHS)[0], expected)
+    expected, _ = jax.jit(model.extend)(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
+    np.testing.assert_array_equal(jax.jit(model.extend)(ready, model.cache(4, 8), TOKENS[:, :8], LENGTHS)[0], expected)
     kernels = [x for path, x in jax.tree.leaves_with_path(ready) if "kernel" in jax.tree_util.keystr(path)]
     assert {x.dtype for x in kernels} == {jnp.dtype("bfloat16")} and len(kernels) == 7 * 2 + 1
     assert ready["blocks"][0]["mlp_pre_norm"]["scale"].dtype == ready["embedding"]["table"].dtype == jnp.float32
@@ -111,15 +111,15 @@ def test_ready_parameters_decode_as_the_parameters_do_and_stay_ready(tiny, built
 def test_more_tokens_than_the_cache_is_long_raise(tiny, built):
     model, params = built(tiny())
     with pytest.raises(ValueError, match="65 tokens do not fit a cache for 64 positions; .* at least 65"):
-        model.extend(params, model.cache(4, 8), np.zeros((4, 65), np.int32), LENGTHS)
+        jax.jit(model.extend)(params, model.cache(4, 8), np.zeros((4, 65), np.int32), LENGTHS)
 
 
 def test_padding_behind_the_end_of_the_cache_is_dropped_and_moves_nothing(tiny, built):
     model, params = built(tiny())
     tokens = np.tile(TOKENS, (1, 4))[:, :64]
-    _, cache = model.extend(params, model.cache(4, 64), tokens[:, :60], jnp.full(4, 60))
-    logits, _ = model.extend(params, cache, np.pad(tokens[:, 60:], ((0, 0), (0, 12))), jnp.full(4, 4))
-    np.testing.assert_allclose(logits, model.forward(params, tokens)[:, -1], atol=1e-4)
+    _, cache = jax.jit(model.extend)(params, model.cache(4, 64), tokens[:, :60], jnp.full(4, 60))
+    logits, _ = jax.jit(model.extend)(params, cache, np.pad(tokens[:, 60:], ((0, 0), (0, 12))), jnp.full(4, 4))
+    np.testing.assert_allclose(logits, jax.jit(model.forward)(params, tokens)[:, -1], atol=1e-4)
 
 
 def test_the_cache_is_updated_in_place_whatever_its_length(tiny, built):
