@@ -159,35 +159,36 @@ def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) ->
     prompts_BT = np.random.default_rng(0).integers(32, config.vocab_size, (rows, prompt), np.int32)
     run = partial(generate, model, params, prompts_BT, np.full(rows, prompt), key, max_new_tokens=new, stop_ids=())
     compile_seconds = seconds(run)
-    rounds = turns(
-        {"decode": partial(seconds, run), "bandwidth": partial(hardware.measured_bandwidth, repeats=2)}, bench.seconds
-    )
-    floor = decode_floor(bench, params, rows=rows, prompt=prompt, new=new)
+    limits = {
+        "peak": partial(hardware.measured_flops, config.operand_dtype, repeats=3),
+        "bandwidth": partial(hardware.measured_bandwidth, repeats=2),
+    }
+    rounds = turns({"decode": partial(seconds, run)} | limits, bench.seconds)
+    limits = {name: rounds[name] for name in limits}
+    floor = decode_floor(config, params, rows=rows, prompt=prompt, new=new, **limits)
     return {
         "batch x prompt + new": f"{rows} x {prompt} + {new}",
         "new tokens/s": spread(rows * new / rounds["decode"]),
         "bandwidth in the same rounds, GB/s": spread(rounds["bandwidth"] / 1e9),
-        "floor, tokens/s": rows * new / floor,
+        "floor, tokens/s": spread(rows * new / floor),
         "share of the floor": spread(floor / rounds["decode"]),
         "compile and first run s": compile_seconds,
         "rounds": len(rounds["decode"]),
     }
 
 
-def decode_floor(bench: Bench, params, *, rows: int, prompt: int, new: int) -> float:
+def decode_floor(config: DecoderConfig, params, *, rows, prompt, new, peak, bandwidth) -> np.ndarray:
     """Seconds of the prompts' products, then of every new token its products and its look at the cache.
 
     Each takes at least its bytes over the copy bandwidth (weights in the operands' dtype, the cache in its own at its
-    mean length, each read once) and at least its FLOPs over the peak of its dtype, whichever is longer.
+    mean length, each read once) and at least its FLOPs over the peak of products, whichever is longer.
     """
-    config = bench.stage.model.config
-    peak, bandwidth = bench.peaks[config.operand_dtype], bench.bandwidth
     kernels, head = tree.size(params["blocks"]), config.width * config.vocab_size
     width = jnp.dtype(config.operand_dtype).itemsize
-    products = max((kernels + head) * width / bandwidth, 2 * rows * (kernels + head) / peak)
+    products = np.maximum((kernels + head) * width / bandwidth, 2 * rows * (kernels + head) / peak)
     positions = rows * config.num_layers * (prompt + new / 2)
     cached = positions * 2 * config.num_kv_heads * config.head_width * jnp.dtype(config.activation_dtype).itemsize
-    attention = max(cached / bandwidth, positions * 4 * config.num_heads * config.head_width / bench.peaks["float32"])
+    attention = np.maximum(cached / bandwidth, positions * 4 * config.num_heads * config.head_width / peak)
     prefill = 2 * rows * (prompt * kernels + head) / peak
     # The first new token comes from the prompts' own products.
     return prefill + (new - 1) * (products + attention)

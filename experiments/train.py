@@ -1,7 +1,7 @@
 """Trains what a config describes, in a run directory; started again with the same command, it continues.
 
     python experiments/train.py --config=configs/pretrain.py --workdir=runs/pretrain
-    python experiments/train.py --config=configs/pretrain.py:tiny --workdir=runs/tiny --config.optimizer.learning_rate=3e-3
+    python experiments/train.py --config=configs/pretrain.py:tiny --workdir=runs/tiny --config.loop.steps=40
 
 On several hosts start it on each with --distributed=auto (TPU pods, SLURM, MPI, Kubernetes), or anywhere with
 --distributed=HOST:PORT,COUNT,INDEX: the address of process 0, how many there are, and which one this is.
@@ -29,7 +29,9 @@ WORKDIR = flags.DEFINE_string(
 ACCEPT = flags.DEFINE_bool("accept_changes", False, "continue a run whose config differs, with the new values")
 DISTRIBUTED = flags.DEFINE_list("distributed", [], "join this run's other processes: auto, or HOST:PORT,COUNT,INDEX")
 flags.register_validator(
-    "distributed", lambda given: given in ([], ["auto"]) or len(given) == 3, message="give auto, or HOST:PORT,COUNT,INDEX"
+    "distributed",
+    lambda given: given in ([], ["auto"]) or len(given) == 3,
+    message="give auto, or HOST:PORT,COUNT,INDEX",
 )
 
 

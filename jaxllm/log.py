@@ -35,7 +35,7 @@ class Log:
     def add(self, step: int, batch: Mapping[str, np.ndarray], measured: Mapping[str, Any]) -> None:
         """Takes a step that was just dispatched, and checks the one before it (``FloatingPointError``).
 
-        ``batch`` is this process's share; ``measured`` holds at least ``loss``, ``grad_norm`` and the ``tokens`` of all.
+        ``batch`` is this process's share; ``measured`` holds ``loss``, ``grad_norm``, the ``tokens`` of all, and more.
         """
         self.settle()
         self.pending = (step, batch, measured)
@@ -53,8 +53,9 @@ class Log:
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             raise FloatingPointError(
                 f"the loss is {row['loss']} and the gradient norm {row['grad_norm']} at step {self.step} "
-                f"(batch {batch_fingerprint(batch)}). The last checkpoint is sound. Try a lower optimizer.learning_rate, "
-                "a longer optimizer.warmup, optimizer.spike_deviations=6, or model.operand_dtype='float32'"
+                f"(batch {batch_fingerprint(batch)}). The last checkpoint is sound. Try a lower "
+                "optimizer.learning_rate, a longer optimizer.warmup, optimizer.spike_deviations=6, or "
+                "model.operand_dtype='float32'"
             )
         self.rows.append(row)
         self.tokens += tokens

@@ -1,4 +1,4 @@
-"""The one loop: mesh, restore, compile, step, log, evaluate, save. Every stage runs through it, and none knows of it."""
+"""The one loop: mesh, restore, compile, step, log, evaluate, save. Every stage runs through it, none knows of it."""
 
 import signal
 import sys

@@ -47,7 +47,9 @@ class LoopConfig:
             if getattr(self, key) < count:
                 raise ValueError(f"loop.{key}={getattr(self, key)} must be at least {count}")
         if self.sample_every and not self.sample_prompts:
-            raise ValueError("loop.sample_prompts is empty: give a prompt, or set loop.sample_every=0 to sample nothing")
+            raise ValueError(
+                "loop.sample_prompts is empty: give a prompt, or set loop.sample_every=0 to sample nothing"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,7 +87,7 @@ def record(directory: Path, values: Mapping, data: Mapping) -> None:
 
 
 def environment() -> dict:
-    """Versions of Python and of the packages that decide numbers, the device, the commit of the code and the command."""
+    """Versions of Python and of the packages that decide numbers, the device, the code's commit and the command."""
     return {
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},

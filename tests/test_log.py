@@ -149,7 +149,9 @@ def test_a_position_counts_the_step_under_way(make_log, clock):
     assert log.position()["total"] == 12 and len(log.position()["rows"]) == 2
 
 
-@pytest.mark.parametrize("bad", [{"loss": math.nan}, {"loss": math.inf}, {"grad_norm": math.nan}, {"grad_norm": math.inf}])
+@pytest.mark.parametrize(
+    "bad", [{"loss": math.nan}, {"loss": math.inf}, {"grad_norm": math.nan}, {"grad_norm": math.inf}]
+)
 def test_a_number_that_is_not_finite_names_its_step_its_batch_and_what_to_try(make_log, clock, bad):
     log, written = make_log()
     add(log, clock, [1, 2])

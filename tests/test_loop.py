@@ -57,7 +57,16 @@ def source(tmp_path_factory):
 def make_values(source, changes=()):
     """A config with everything switched on that has a state: dropout, accumulation, average, spike guard, warm-up."""
     config = common.get_config()
-    sizes = dict(num_layers=2, width=16, mlp_width=24, num_heads=4, num_kv_heads=2, head_width=8, loss_chunk=16, operand_dtype="float32")
+    sizes = dict(
+        num_layers=2,
+        width=16,
+        mlp_width=24,
+        num_heads=4,
+        num_kv_heads=2,
+        head_width=8,
+        loss_chunk=16,
+        operand_dtype="float32",
+    )
     config.model = common.llama(**sizes, dropout=0.1)
     config.tokenizer.kind = "bytes"
     config.data.sources.main.path = str(source)
@@ -73,6 +82,11 @@ def make_values(source, changes=()):
 def values(source):
     """A function: changed keys, by dotted name -> the config as the loop takes it."""
     return lambda **changes: make_values(source, {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def still(**changes):
+    """Changes that keep the parameters as they were made."""
+    return dict(optimizer__learning_rate=0.0, optimizer__warmup=0, loop__steps=1, loop__sample_every=0) | changes
 
 
 class Seen(NamedTuple):
@@ -216,24 +230,19 @@ def test_a_run_leaves_everything_that_its_directory_promises(straight):
     assert steps_saved(straight.directory) == [8, 12]
 
 
-def test_rows_come_at_their_periods_and_at_the_end(straight, values, tmp_path):
+def test_rows_come_at_their_periods(straight):
     written = rows(straight.directory)
     assert [row["step"] for row in written if "loss" in row] == [3, 6, 9, 12]
     assert [row["step"] for row in written if "validation_loss" in row] == [6, 12]
-    train(values(loop__steps=5, optimizer__warmup=2), tmp_path / "run")
-    written = rows(tmp_path / "run")
-    assert [row["step"] for row in written if "loss" in row] == [3, 5]
-    assert [row["step"] for row in written if "validation_loss" in row] == [5]
-    assert steps_saved(tmp_path / "run") == [4, 5]
-    assert {row["step"] for row in rows(tmp_path / "run", "samples.jsonl")} == {5}
 
 
 def test_training_lowers_the_loss(values, tmp_path):
-    changes = dict(loop__steps=40, optimizer__learning_rate=1e-2, model__dropout=0.0, loop__sample_every=0)
+    changes = dict(loop__steps=40, optimizer__learning_rate=1e-2, optimizer__ema_decay=0.0, loop__sample_every=0)
     train(values(**changes), tmp_path / "run")
     losses = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert losses[-1] < losses[0] - 1.0
     assert not (tmp_path / "run" / "samples.jsonl").exists()
+    assert not any(name.startswith("average_") for row in rows(tmp_path / "run") for name in row)
 
 
 def test_the_learning_rate_of_a_row_is_that_of_its_step(straight):
@@ -241,6 +250,7 @@ def test_the_learning_rate_of_a_row_is_that_of_its_step(straight):
     assert written[3] == pytest.approx(1e-3 * 3 / 9) and written[12] == pytest.approx(1e-4)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run_and_the_same_seed_the_same(straight, values, tmp_path):
     for seed in (0, 1):
         train(values(seed=seed), tmp_path / str(seed))
@@ -248,23 +258,22 @@ def test_another_seed_is_another_run_and_the_same_seed_the_same(straight, values
 
 
 def test_dropout_is_on_in_training_and_off_in_validation(values, tmp_path):
-    still = dict(loop__steps=1, optimizer__learning_rate=0.0, optimizer__warmup=0, loop__sample_every=0)
-    found = {}
-    for dropout in (0.0, 0.5):
-        train(values(**still, model__dropout=dropout), tmp_path / str(dropout))
-        found[dropout] = rows(tmp_path / str(dropout))
-    assert abs(found[0.0][0]["loss"] - found[0.5][0]["loss"]) > 1e-4
-    assert found[0.0][1]["validation_loss"] == found[0.5][1]["validation_loss"]
+    found = []
+    for dropout in (0.1, 0.5):
+        train(values(**still(model__dropout=dropout)), tmp_path / str(dropout))
+        found.append(rows(tmp_path / str(dropout)))
+    assert abs(found[0][0]["loss"] - found[1][0]["loss"]) > 1e-4
+    assert found[0][1]["validation_loss"] == found[1][1]["validation_loss"]
 
 
+@pytest.mark.slow
 def test_each_step_has_its_own_dropout(values, tmp_path, monkeypatch):
     """The same batch, without learning: only the dropped places differ."""
-    monkeypatch.setattr(metrics, "progress", lambda *_, **__: metrics.writers())
-    changes = dict(loop__steps=3, loop__log_every=1, optimizer__learning_rate=0.0, optimizer__warmup=0)
-    first = {}
+    changes = still(loop__steps=3, loop__log_every=1)
 
     def same_batch(state, batch, **rest):
-        return update(state, batch | {"tokens_BT": jnp.ones_like(batch["tokens_BT"])} | first, **rest)
+        same = {name: jnp.ones_like(batch[name]) for name in ("tokens_BT", "targets_BT", "segments_BT", "mask_BT")}
+        return update(state, batch | same | {"weight_BT": jnp.full_like(batch["weight_BT"], 1 / 512)}, **rest)
 
     monkeypatch.setattr(loop, "update", same_batch)
     train(values(**changes, model__dropout=0.5), tmp_path / "run")
@@ -275,13 +284,12 @@ def test_each_step_has_its_own_dropout(values, tmp_path, monkeypatch):
 # ---- resuming ----
 
 
-@pytest.mark.parametrize("step", [7])
-def test_a_run_stopped_in_the_middle_of_everything_goes_on_in_a_new_process_bit_for_bit(straight, tmp_path, step):
+def test_a_run_stopped_in_the_middle_of_everything_goes_on_in_a_new_process_bit_for_bit(straight, tmp_path):
     """Step 7 lies within the warm-up, the second epoch, and the intervals of the log, the validation and the saves."""
-    seen = train(straight.values, tmp_path / "run", at={step: stop})
-    assert max(seen.batches) == step and steps_saved(tmp_path / "run") == [4, 7]
+    seen = train(straight.values, tmp_path / "run", at={7: stop})
+    assert max(seen.batches) == 7 and steps_saved(tmp_path / "run") == [4, 7]
     resumed = train_in_a_new_process(straight.values, tmp_path / "run")
-    assert min(resumed) == step + 1
+    assert min(resumed) == 8
     assert_same_run(straight, tmp_path / "run", seen.batches | resumed)
 
 
@@ -290,7 +298,7 @@ def test_an_epoch_ends_before_the_steps_of_the_resume_test(straight):
     assert data["num_tokens"] / 32 < 6.5 * straight.values["loop"]["batch_size"]
 
 
-@pytest.mark.parametrize("step", [1, 3, 6, 11])
+@pytest.mark.parametrize("step", [1, 6])
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(straight, tmp_path, step):
     first = train(straight.values, tmp_path / "run", at={step: stop})
     second = train(straight.values, tmp_path / "run")
@@ -312,7 +320,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_as_if_it_had_not_been(str
     "changes",
     [
         dict(optimizer__name="muon", data__packing="concatenated"),
-        dict(optimizer__name="adafactor", optimizer__schedule="wsd", optimizer__warmup_unit="tokens", optimizer__warmup=4000),
+        dict(optimizer__name="adafactor", optimizer__schedule="wsd", optimizer__warmup_unit="tokens"),
         dict(optimizer__freeze_mask="table", loop__micro_batches=1, model__remat="full", data__workers=1),
     ],
     ids=["muon", "adafactor", "frozen"],
@@ -343,7 +351,13 @@ def test_a_damaged_checkpoint_costs_only_the_steps_since_the_one_before(straight
 # ---- another mesh ----
 
 
-@pytest.mark.parametrize("mesh", [dict(mesh__fsdp=4, mesh__tensor=2), dict(mesh__replica=2, mesh__fsdp=2, mesh__tensor=2)])
+MESHES = [
+    dict(mesh__fsdp=4, mesh__tensor=2),
+    pytest.param(dict(mesh__replica=2, mesh__fsdp=2, mesh__tensor=2), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["1x4x2", "2x2x2"])
 def test_a_run_goes_on_under_another_mesh_with_the_same_values_and_one_compilation(straight, values, tmp_path, mesh):
     train(straight.values, tmp_path / "run", at={6: stop})
     before = checkpoint.restore_params(tmp_path / "run" / "checkpoints")
@@ -362,8 +376,8 @@ def test_a_run_goes_on_under_another_mesh_with_the_same_values_and_one_compilati
         patch.setattr(loop, "_start", keep(loop._start))
         seen = train(values(**mesh), tmp_path / "run", accept_changes=True)
     jax.tree.map(np.testing.assert_array_equal, placed["params"], before)
-    assert placed["shardings"] == {tuple((axis, size) for axis, size in zip(
-        ("replica", "fsdp", "tensor"), (mesh.get("mesh__replica", 1), mesh["mesh__fsdp"], 2), strict=True))}  # fmt: skip
+    sizes = {"replica": 1} | {name.removeprefix("mesh__"): size for name, size in mesh.items()}
+    assert [dict(shape) for shape in placed["shardings"]] == [sizes]
     assert seen.programs[0].step._cache_size() == 1
     assert_nearly_the_same_rows(tmp_path / "run", straight.directory)
 
@@ -452,7 +466,7 @@ def test_the_handlers_of_before_come_back():
 
 
 def test_nothing_compiles_once_every_kind_of_work_was_done_once(values, tmp_path):
-    """36 steps with a partial last validation batch, samples, saves and a last row off its period."""
+    """37 steps with a partial last validation batch, samples and saves; at the last, off every period, all are due."""
     compiled, at_step = [], []
 
     def listen(event, duration, **_):
@@ -460,21 +474,32 @@ def test_nothing_compiles_once_every_kind_of_work_was_done_once(values, tmp_path
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    config = values(loop__steps=36, loop__log_every=5)
-    seen = train(config, tmp_path / "run", at={step: lambda: at_step.append(len(compiled)) for step in (13, 36)})
+    config = values(loop__steps=37, loop__log_every=5)
+    seen = train(config, tmp_path / "run", at={step: lambda: at_step.append(len(compiled)) for step in (13, 37)})
     jax.monitoring.unregister_event_duration_listener(listen)
-    assert len(seen.batches) == 36 and seen.programs[0].step._cache_size() == 1
+    assert len(seen.batches) == 37 and seen.programs[0].step._cache_size() == 1
     assert 0 < at_step[0] == at_step[1] == len(compiled)
+    written = rows(tmp_path / "run")
+    assert [row["step"] for row in written if "loss" in row] == [*range(5, 36, 5), 37]
+    assert [row["step"] for row in written if "validation_loss" in row] == [*range(6, 37, 6), 37]
+    assert steps_saved(tmp_path / "run") == [36, 37]
+    assert {row["step"] for row in rows(tmp_path / "run", "samples.jsonl")} == {*range(6, 37, 6), 37}
 
 
 def test_the_step_takes_the_buffers_of_its_state(values):
     config = loop.run_config(values())
     mesh = sharding.mesh(config.mesh)
     with jax.set_mesh(mesh):
-        programs = loop.compile_programs(config, loop.STAGES["pretrain"](config, pathlib.Path(values()["data"]["sources"]["main"]["path"]).parent / "stage"), mesh)
+        programs = loop.compile_programs(
+            config,
+            loop.STAGES["pretrain"](config, pathlib.Path(values()["data"]["sources"]["main"]["path"]).parent / "stage"),
+            mesh,
+        )
         state = programs.init(jax.random.key(0))
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, programs.template)
-        batch = {name: np.ones((2, 8, 32), np.int32) for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")}
+        batch = {
+            name: np.ones((2, 8, 32), np.int32) for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
+        }
         batch |= {"mask_BT": np.ones((2, 8, 32), bool)}
         after, _ = programs.step(state, sharding.global_batch(batch, mesh))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -514,14 +539,9 @@ def test_speed_is_that_of_the_steps_after_the_first_whose_time_stands_apart(stra
 # ---- validation ----
 
 
-def still(**changes):
-    """Changes that keep the parameters as they were made."""
-    return dict(optimizer__learning_rate=0.0, optimizer__warmup=0, loop__steps=1, loop__sample_every=0) | changes
-
-
 def test_validation_does_not_depend_on_the_batch_size_or_the_mesh(values, tmp_path):
     found = []
-    for size, micro, fsdp, tensor in ((8, 1, 8, 1), (16, 2, 8, 1), (48, 1, 4, 2)):
+    for size, micro, fsdp, tensor in ((16, 2, 8, 1), (40, 1, 4, 2)):
         changes = dict(loop__batch_size=size, loop__micro_batches=micro, mesh__fsdp=fsdp, mesh__tensor=tensor)
         train(values(**still(**changes)), tmp_path / str(size))
         found.append(rows(tmp_path / str(size))[-1])
@@ -541,13 +561,9 @@ def test_validation_counts_every_held_out_byte_once(straight):
 def test_the_average_of_the_parameters_is_validated_beside_them(straight, values, tmp_path):
     row = rows(straight.directory)[-1]
     assert 1e-3 < abs(row["average_validation_loss"] - row["validation_loss"]) < 1
-    train(values(**still(optimizer__ema_decay=0.5)), tmp_path / "still")
-    row = rows(tmp_path / "still")[-1]
+    train(values(**still()), tmp_path / "run")
+    row = rows(tmp_path / "run")[-1]
     assert row["average_validation_loss"] == pytest.approx(row["validation_loss"], rel=1e-6)
-    train(values(**still(optimizer__ema_decay=0.0)), tmp_path / "none")
-    assert rows(tmp_path / "none")[-1].keys() == {
-        "step", "validation_loss", "validation_perplexity", "validation_bits_per_byte",
-    }  # fmt: skip
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(values, tmp_path, monkeypatch):
@@ -572,7 +588,9 @@ def test_samples_are_written_as_they_evolve(straight):
 
 def finite_checkpoint(directory):
     (step,) = steps_saved(directory)[-1:]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.restore_params(directory / "checkpoints")))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.restore_params(directory / "checkpoints"))
+    )
     return step
 
 
@@ -588,8 +606,7 @@ def poisoned(monkeypatch, name, step):
     monkeypatch.setattr(loop, "update", poisoned_update)
 
 
-@pytest.mark.parametrize("name", ["loss", "grad_norm"])
-@pytest.mark.parametrize("step", [8, 10])
+@pytest.mark.parametrize(("name", "step"), [("loss", 8), pytest.param("grad_norm", 10, marks=pytest.mark.slow)])
 def test_a_number_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(straight, tmp_path, monkeypatch, name, step):
     """Step 8 is one that would have been saved."""
     poisoned(monkeypatch, name, step)
@@ -617,8 +634,14 @@ def test_an_absurd_learning_rate_is_stopped_by_name(values, tmp_path):
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(straight, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(OSError, match=r"saving .*failed in .*checkpoints: .*Newest whole checkpoint: 4. Free space"):
-            train(straight.values, tmp_path / "run", at={7: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))})
+        with pytest.raises(
+            OSError, match=r"saving .*failed in .*checkpoints: .*Newest whole checkpoint: 4. Free space"
+        ):
+            train(
+                straight.values,
+                tmp_path / "run",
+                at={7: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))},
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert finite_checkpoint(tmp_path / "run") == 4
@@ -630,7 +653,9 @@ def test_a_row_that_cannot_be_written_stops_the_run(straight, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(OSError, match=r"step 3 could not be written to .*metrics.jsonl"):
-            train(straight.values, tmp_path / "run", at={2: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))})
+            train(
+                straight.values, tmp_path / "run", at={2: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))}
+            )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
@@ -688,7 +713,9 @@ def test_text_that_changed_since_the_checkpoint_is_refused(source, values, tmp_p
     config = values(data__sources__main__path=str(copy))
     train(config, tmp_path / "run", at={6: stop})
     copy.write_bytes(source.read_bytes() + b'{"text": "one more"}\n')
-    with pytest.raises(ValueError, match=r"checkpoint .*belongs to another run:\s+data: saved '[0-9a-f]+', now '[0-9a-f]+'"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint .*belongs to another run:\s+data: saved '[0-9a-f]+', now '[0-9a-f]+'"
+    ):
         train(config, tmp_path / "run")
     seen = train(config, tmp_path / "run", accept_changes=True)
     assert min(seen.batches) == 7
@@ -697,7 +724,9 @@ def test_text_that_changed_since_the_checkpoint_is_refused(source, values, tmp_p
 def test_another_tokenizer_than_the_checkpoints_is_refused(straight, values, tmp_path):
     train(straight.values, tmp_path / "run", at={6: stop})
     description = tmp_path / "run" / "tokenizer"
-    with pytest.raises(ValueError, match=r"tokenizer.kind: 'bytes' there, 'sentencepiece' here(.|\n)*a run keeps its tok"):
+    with pytest.raises(
+        ValueError, match=r"tokenizer.kind: 'bytes' there, 'sentencepiece' here(.|\n)*a run keeps its tok"
+    ):
         train(values(tokenizer__kind="sentencepiece"), tmp_path / "run", accept_changes=True)
     meta = next((tmp_path / "run" / "checkpoints" / "6").glob("meta/metadata"))
     saved = json.loads(meta.read_text())
@@ -705,6 +734,3 @@ def test_another_tokenizer_than_the_checkpoints_is_refused(straight, values, tmp
     with pytest.raises(ValueError, match=r"belongs to another run:\s+tokenizer: saved '0+', now"):
         train(straight.values, tmp_path / "run", accept_changes=True)
     assert description.exists()
-
-
-# ---- several processes ----

@@ -73,7 +73,9 @@ def test_the_tokenizer_of_a_run_never_changes(tmp_path):
     workdir.open(tmp_path, VALUES)
     other = VALUES | {"tokenizer": {"kind": "sentencepiece"}}
     for accept in (False, True):
-        with pytest.raises(ValueError, match=r"tokenizer.kind: 'bytes' there, 'sentencepiece' here\nUse another --workdir; "):
+        with pytest.raises(
+            ValueError, match=r"tokenizer.kind: 'bytes' there, 'sentencepiece' here\nUse another --workdir; "
+        ):
             workdir.open(tmp_path, other, accept_changes=accept)
 
 
@@ -94,7 +96,9 @@ def test_a_file_in_the_place_of_the_directory_is_an_error(tmp_path):
 
 def test_where_no_run_is_the_error_says_what_to_give(tmp_path):
     for ask in (workdir.config, workdir.load):
-        with pytest.raises(FileNotFoundError, match="no run in .*nowhere: config.json is missing; give a --workdir that"):
+        with pytest.raises(
+            FileNotFoundError, match="no run in .*nowhere: config.json is missing; give a --workdir that"
+        ):
             ask(tmp_path / "nowhere")
 
 

@@ -42,9 +42,7 @@ def one_by_one(model, params, prompt, count):
 
 def test_greedy_continuations_of_any_length_are_those_of_whole_forward_passes(loud):
     model, params = loud
-    texts = continuations(
-        model, params, byte_tokenizer(), PROMPTS, jax.random.key(0), max_new_tokens=5, sampler=GREEDY
-    )
+    texts = continuations(model, params, byte_tokenizer(), PROMPTS, jax.random.key(0), max_new_tokens=5, sampler=GREEDY)
     assert texts == [one_by_one(model, params, prompt, 5) for prompt in PROMPTS]
     assert len(set(texts)) > 1
 
@@ -63,9 +61,7 @@ def test_a_text_ends_before_the_end_of_the_document_and_never_shows_it(loud, mon
     first = likeliest(model, params, [BOS_ID, *byte_tokenizer().encode("a")])
     monkeypatch.setattr(module, "EOS_ID", first)
     monkeypatch.setattr(module, "generate", functools.partial(module.generate, stop_ids=(first,)))
-    texts = continuations(
-        model, params, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=GREEDY
-    )
+    texts = continuations(model, params, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=GREEDY)
     assert texts == [""]
 
 
@@ -82,6 +78,7 @@ def test_every_token_asked_for_is_decoded_together(loud):
     """Bytes of one character come as several tokens: joined they are that character, alone they would be U+FFFD."""
     model, params = loud
     tokens_BT = np.array([byte_tokenizer().encode("é☃")])
+
     class Done:
         mask_BT = np.ones_like(tokens_BT, bool)
 

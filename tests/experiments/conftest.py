@@ -35,7 +35,9 @@ def script(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def untrained_run(tmp_path_factory):
     """A byte-level run directory with checkpoints 1 and 2, of different parameters."""
-    sizes = dict(num_layers=1, width=16, mlp_width=16, num_heads=2, num_kv_heads=1, head_width=8, operand_dtype="float32")
+    sizes = dict(
+        num_layers=1, width=16, mlp_width=16, num_heads=2, num_kv_heads=1, head_width=8, operand_dtype="float32"
+    )
     config = common.llama(**sizes)
     values = {"model": config.to_dict(), "data": {"sequence_length": 16}}
     directory = workdir.open(tmp_path_factory.mktemp("untrained") / "run", values)

@@ -33,7 +33,11 @@ def test_the_same_seed_gives_the_same_texts_and_each_sample_and_seed_another(gen
 
 
 def test_the_step_decides_which_parameters_speak(generate):
-    assert generate("--temperature=0") == generate("--temperature=0", "--step=2") != generate("--temperature=0", "--step=1")
+    assert (
+        generate("--temperature=0")
+        == generate("--temperature=0", "--step=2")
+        != generate("--temperature=0", "--step=1")
+    )
 
 
 def test_the_sampler_is_shown_beside_the_text(script, untrained_run):
@@ -70,5 +74,15 @@ def test_a_directory_without_a_run_is_named(script, tmp_path):
 
 def test_the_help_names_every_flag(script):
     status, printed, _ = script("generate.py", "--help")
-    flags = ("--workdir", "--prompt", "--temperature", "--top_k", "--top_p", "--min_p", "--max_new_tokens", "--seed", "--step")
+    flags = (
+        "--workdir",
+        "--prompt",
+        "--temperature",
+        "--top_k",
+        "--top_p",
+        "--min_p",
+        "--max_new_tokens",
+        "--seed",
+        "--step",
+    )
     assert status == 0 and all(flag in printed for flag in flags)

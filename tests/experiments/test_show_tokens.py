@@ -15,7 +15,9 @@ def test_a_text_is_cut_into_its_tokens_with_their_ids(script):
 def test_a_saved_tokenizer_and_a_file_are_read(script, tmp_path):
     tokenizer.train(["one two three " * 50], vocab_size=305).save(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_bytes("one two\r\n☃".encode())
-    status, printed, _ = script("show_tokens.py", "--tokenizer", tmp_path / "tokenizer", "--file", tmp_path / "text.txt")
+    status, printed, _ = script(
+        "show_tokens.py", "--tokenizer", tmp_path / "tokenizer", "--file", tmp_path / "text.txt"
+    )
     count = len(tokenizer.load(tmp_path / "tokenizer").encode("one two\r\n☃"))
     assert status == 0 and f"12 bytes in {count} tokens" in printed and count < 12
 

@@ -40,7 +40,9 @@ def get_config(arg=""):
 def config(tmp_path):
     """A function: lines of Python that change the config -> the path of a config file of a run of seconds."""
     source = tmp_path / "text.jsonl"
-    source.write_text("".join(json.dumps({"text": f"document {i} of é some words" * (1 + i % 3)}) + "\n" for i in range(60)))
+    source.write_text(
+        "".join(json.dumps({"text": f"document {i} of é some words" * (1 + i % 3)}) + "\n" for i in range(60))
+    )
 
     def config(more="", name="config.py"):
         (tmp_path / name).write_text(CONFIG.format(path=source, more=more))
@@ -124,7 +126,9 @@ def assert_refused(answer, *parts):
 
 def test_a_missing_file_ends_with_status_1_and_one_message(config, tmp_path):
     answer = run(config('config.data.sources.main.path = "nowhere.txt"'), tmp_path / "run")
-    assert_refused(answer, "FileNotFoundError: nowhere.txt does not exist: give a file, a folder, a glob, or 'embedded'")
+    assert_refused(
+        answer, "FileNotFoundError: nowhere.txt does not exist: give a file, a folder, a glob, or 'embedded'"
+    )
 
 
 def written(tmp_path, name, content):
@@ -166,7 +170,9 @@ def test_values_that_cannot_run_are_named_with_the_mend(config, tmp_path, flags,
 @pytest.mark.slow
 def test_rows_that_the_mesh_cannot_share_are_named(config, tmp_path):
     answer = run(config(), tmp_path / "run", devices=8)
-    assert_refused(answer, "a micro-batch of 4 sequences is not a multiple of mesh replica x fsdp = 8; raise batch_size")
+    assert_refused(
+        answer, "a micro-batch of 4 sequences is not a multiple of mesh replica x fsdp = 8; raise batch_size"
+    )
 
 
 @pytest.mark.slow
@@ -229,7 +235,9 @@ def test_two_processes_train_as_one(config, tmp_path):
 @pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_and_go_on(config, tmp_path):
     """The second one alone is asked to stop."""
-    path = config("config.loop.update(dict(steps=10000, log_every=1, sample_every=0, evaluate_every=5000, save_every=5000))")
+    path = config(
+        "config.loop.update(dict(steps=10000, log_every=1, sample_every=0, evaluate_every=5000, save_every=5000))"
+    )
     statuses, said = run_two(path, tmp_path / "run", ask_to_stop=True)
     assert statuses == [75, 75], said
     stopped = {line for text in said for line in text.splitlines() if "saved at step" in line}
