@@ -42,8 +42,9 @@ def mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     fsdp = config.fsdp if config.fsdp > 0 else max(1, len(devices) // others)
     if others * fsdp != len(devices):
         raise ValueError(
-            f"mesh.replica={config.replica} x mesh.fsdp={fsdp} x mesh.tensor={config.tensor} is {others * fsdp} devices, "
-            f"but there are {len(devices)}; make the product {len(devices)}, or set mesh.fsdp=-1"
+            f"mesh.replica={config.replica} x mesh.fsdp={fsdp} x mesh.tensor={config.tensor} "
+            f"is {others * fsdp} devices, but there are {len(devices)}; "
+            f"make the product {len(devices)}, or set mesh.fsdp=-1"
         )
     return jax.make_mesh(
         (config.replica, fsdp, config.tensor),
@@ -88,7 +89,8 @@ def parameter_shardings(table, abstract_params: tree.Tree, on: Mesh) -> tree.Tre
         for letter, length, axis in zip(letters, leaf.shape, named.spec, strict=True):
             if axis is not None and length % on.shape[axis]:
                 raise ValueError(
-                    f"{name}: dimension {letter!r} of length {length} is not a multiple of mesh.{axis}={on.shape[axis]}; change one of them"
+                    f"{name}: dimension {letter!r} of length {length} is not a multiple of "
+                    f"mesh.{axis}={on.shape[axis]}; change one of them"
                 )
         return named
 

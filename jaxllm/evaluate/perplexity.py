@@ -41,7 +41,7 @@ def evaluator(objective: Callable, prepare: Callable, place: Callable) -> Callab
 
 
 def likelihood(nll: Ratio, num_bytes: int) -> dict[str, float]:
-    """nats per token, perplexity, bits per byte and their counts, from nats summed over tokens of ``num_bytes`` bytes."""
+    """nats per token, perplexity, bits per byte and counts, from nats summed over tokens of ``num_bytes`` bytes."""
     return {
         "nats_per_token": nll.total / nll.count,
         "perplexity": math.exp(min(nll.total / nll.count, 700.0)),
@@ -85,5 +85,5 @@ def of_files(
 
 
 def weighed(batch: dict) -> dict:
-    """The batch with ``weight_BT``: every unmasked token of the whole batch, micro-batches together, counts the same."""
+    """The batch with ``weight_BT``: every unmasked token of all its micro-batches together counts the same."""
     return batch | {"weight_BT": token_weights(batch["mask_BT"])}

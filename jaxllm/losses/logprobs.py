@@ -13,7 +13,7 @@ from jaxllm.losses.supervised import cross_entropy
 
 
 def token_logprobs(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """log softmax(logits)[token], in float32, from dense logits; works under every mesh, a sharded vocabulary included."""
+    """log softmax(logits)[token] in float32 from dense logits, under every mesh, a sharded vocabulary included."""
     return _scores(logits_BTV.astype(jnp.float32), tokens_BT)[0]
 
 
@@ -99,9 +99,9 @@ def _cross_entropy_forward(hidden_BTD, head_DV, tokens_BT, weight_BT, options):
 
 
 def _cross_entropy_backward(options, gradients, cotangents):
-    hidden_grad_BTD, head_grad_DV = gradients
     loss_grad, _ = cotangents
-    return loss_grad * hidden_grad_BTD, loss_grad * head_grad_DV, None, None
+    hidden_grad_BTD, head_grad_DV = (loss_grad.astype(gradient.dtype) * gradient for gradient in gradients)
+    return hidden_grad_BTD, head_grad_DV, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.single_query import single_query
+from jaxllm.model.single_query import KEY_BLOCK, single_query
 
 # The lowest finite score and not -inf: a query that sees nothing gets even weights instead of NaN.
 LOWEST = jnp.finfo(jnp.float32).min
@@ -60,7 +60,8 @@ def attend(
     ``soft_cap`` c > 0 caps scores as c tanh(score / c). ``implementation`` names a row of ``IMPLEMENTATIONS``; a single
     query has its own.
     """
-    function = single_query if q_BTNH.shape[1] == 1 else IMPLEMENTATIONS[implementation]
+    single = q_BTNH.shape[1] == 1 and k_BSKH.shape[1] % KEY_BLOCK == 0
+    function = single_query if single else IMPLEMENTATIONS[implementation]
     return function(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype)
 
 

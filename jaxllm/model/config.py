@@ -43,7 +43,7 @@ class RopeConfig:
             self.original_length > 0 and self.low_frequency < self.high_frequency
         ):
             raise ValueError(
-                f"model.rope.scaling={self.scaling!r} needs original_length > 0 and low_frequency < high_frequency, not "
+                f"model.rope.scaling={self.scaling!r} needs original_length > 0, low_frequency < high_frequency, not "
                 f"{self.original_length}, {self.low_frequency} and {self.high_frequency}"
             )
 

@@ -166,8 +166,7 @@ def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes each element with probability ``rate`` and scales the rest by 1 / (1 - rate); the identity without a key.
-    """
+    """Zeroes each element with probability ``rate``, scales the rest by 1 / (1 - rate); the identity without a key."""
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0).astype(x.dtype)

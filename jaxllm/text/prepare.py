@@ -13,7 +13,7 @@ KINDS = ("sentencepiece", "bytes")
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """kind: "sentencepiece" (BPE with byte fallback) or "bytes". vocab_size: ids in all, for training one. path: a saved one to use instead."""
+    """kind: one of ``KINDS``. vocab_size: ids in all, for training one. path: a saved one to use instead."""
 
     kind: str
     vocab_size: int
@@ -25,7 +25,7 @@ class TokenizerConfig:
 
 
 def prepare(config: TokenizerConfig, texts: Iterable[str], *, directory: str | os.PathLike) -> Tokenizer:
-    """The tokenizer saved in ``directory``, or else the one that ``config`` describes, learned from ``texts`` and saved there."""
+    """The tokenizer saved in ``directory``, or else the one that ``config`` describes, made and saved there."""
     if (Path(directory) / tokenizer.DESCRIPTION).exists():  # written last, so the rest is there
         return tokenizer.load(directory)
     made = _made(config, texts)

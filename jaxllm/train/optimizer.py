@@ -121,11 +121,25 @@ def _muon(config, rules):
     """
     axes = partial(_matrix_axes, rules)
     matrices = optax.chain(
-        optax.contrib.scale_by_muon(weight_dimension_numbers=axes),
+        _placed_automatically(optax.contrib.scale_by_muon(weight_dimension_numbers=axes)),
         optax.stateless(lambda updates, _: _like_adam(updates, axes(updates))),
     )
     labels = partial(tree.map_named, lambda name, _: "matrix" if tree.matches("^blocks/.*kernel$", name) else "other")
     return optax.partition({"matrix": matrices, "other": _adamw(config, rules)}, labels)
+
+
+def _placed_automatically(inner):
+    """``inner`` under a mesh too: its products sum over sharded axes, which an explicit mesh leaves to the caller;
+    results lie as the gradients lay.
+    """
+
+    def update(updates, state, params=None):
+        if jax.sharding.get_abstract_mesh().empty:
+            return inner.update(updates, state, params)
+        specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+        return jax.sharding.auto_axes(inner.update, out_sharding=specs)(updates, state, params)
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 SCALINGS = {"adamw": _adamw, "muon": _muon, "adafactor": _adafactor}
@@ -174,7 +188,8 @@ def skip_spikes(inner: optax.GradientTransformation, *, deviations: float) -> op
     def update(updates, state, params=None, *, value, **extra):
         now = jnp.stack([value, tree.global_norm(updates)])
         mean, deviation = jnp.mean(state.history, axis=1), jnp.std(state.history, axis=1)
-        spike = (state.accepted >= SPIKE_HISTORY) & jnp.any(now > mean + deviations * deviation)
+        # What is not a number is not below the bar either.
+        spike = (state.accepted >= SPIKE_HISTORY) & ~jnp.all(now <= mean + deviations * deviation)
 
         def skip(updates):
             return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
@@ -206,6 +221,6 @@ def average_parameters(decay: float) -> optax.GradientTransformation:
 
 
 def find_state(kind: type, opt_state: Any) -> Any:
-    """The state of this kind (``SpikeState``, ``AverageState``) within the optimizer's state; None where there is none."""
+    """The state of this kind (``SpikeState``, ``AverageState``) within the optimizer's state, or None."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return next((node for node in nodes if isinstance(node, kind)), None)

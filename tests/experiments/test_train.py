@@ -59,7 +59,7 @@ def start(config, workdir, *flags, devices=1):
         "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONWARNINGS": "error",
+        "PYTHONWARNINGS": "error,ignore:the load_module:DeprecationWarning",  # by ml_collections 1.1.0, on Python 3.11
     }
     command = [sys.executable, str(SCRIPT), f"--config={config}", f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

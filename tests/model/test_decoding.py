@@ -54,13 +54,14 @@ def test_cached_decoding_of_ragged_rows_equals_the_forward_pass_at_every_positio
 # The two sum in another order, so now and then an operand of a later product rounds to its other neighbour.
 @pytest.mark.parametrize(
     ("dtypes", "tolerance"),
-    [(dict(operand_dtype="bfloat16"), 0.01), (dict(operand_dtype="bfloat16", activation_dtype="bfloat16"), 0.05)],
+    [(dict(operand_dtype="bfloat16"), 0.015), (dict(operand_dtype="bfloat16", activation_dtype="bfloat16"), 0.03)],
     ids=["operands", "operands and activations"],
 )
 def test_decoding_in_bfloat16_equals_the_forward_pass_within_its_precision(dtypes, tolerance, tiny, built):
     model, params = built(tiny(**dtypes))
     forward = forwarded(model, params, 12)
-    assert np.abs(decoded(model, params, 12) - forward).max() < tolerance * forward.std()
+    difference = decoded(model, params, 12) - forward
+    assert difference.std() < tolerance * forward.std(), difference.std() / forward.std()
 
 
 def test_extending_in_pieces_equals_extending_at_once(tiny, built):
