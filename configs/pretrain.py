@@ -2,7 +2,7 @@
 
 python experiments/train.py --config=configs/pretrain.py --workdir=runs/pretrain
 
-Two CPU cores, four minutes: about 2.2 bits per byte of held-out documents.
+Two CPU cores, under five minutes: 2.22 bits per byte of held-out documents.
 """
 
 from configs import common

@@ -142,7 +142,7 @@ def restore_params(directory: Any, *, step: int | None = None, shardings: Any = 
     ``shardings`` is a tree of shardings with the same names; without it every array goes to the first local device.
     Raises ``FileNotFoundError`` if nothing whole is there, ``ValueError`` if ``shardings`` has other names.
     """
-    path = epath.Path(directory) / str(_whole_step(directory, step))
+    path = epath.Path(directory).expanduser().absolute() / str(_whole_step(directory, step))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         names = [name for name in _stored(reader, path) if name.startswith("params/")]
         placed = dict.fromkeys(names)
@@ -155,7 +155,7 @@ def restore_params(directory: Any, *, step: int | None = None, shardings: Any = 
 
 def read_meta(directory: Any, *, step: int | None = None) -> dict:
     """The meta saved with the newest whole step, or with ``step``."""
-    return _json(epath.Path(directory) / str(_whole_step(directory, step)), "meta")
+    return _json(epath.Path(directory).expanduser().absolute() / str(_whole_step(directory, step)), "meta")
 
 
 def whole_steps(directory: Any) -> Iterator[int]:

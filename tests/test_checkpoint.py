@@ -435,6 +435,13 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 # ---- inference ----
 
 
+def test_params_are_found_by_a_relative_path(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    params = checkpoint.restore_params(saved.name)
+    np.testing.assert_array_equal(params["embed"]["table"], checkpoint.restore_params(saved)["embed"]["table"])
+    assert checkpoint.read_meta(saved.name) == checkpoint.read_meta(saved)
+
+
 def test_params_alone_come_back_as_a_dict_on_one_device(saved):
     params = checkpoint.restore_params(saved)
     assert_equal(params, make_state(20).params)
