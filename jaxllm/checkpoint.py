@@ -277,7 +277,7 @@ def _require_same_meta(path: epath.Path, differing: Mapping[str, tuple[Any, Any]
     if lines:
         raise ValueError(
             f"checkpoint {path} belongs to another run:\n{_shown(lines)}\n"
-            "Undo the change, use a new directory, or accept it by naming it in ignore."
+            "Undo the change, use a new directory, or accept it (--accept_changes; ignore= in code)."
         )
 
 

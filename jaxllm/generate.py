@@ -92,7 +92,8 @@ def generate(
     weights = _ready(model, params)
     state = _start(model, weights, prompts_BT, lengths_B, key, new_length=_bucket(max_new_tokens), **how)
     state = _advance(model, weights, state, max_new_tokens, **how)
-    return Completions(*(np.asarray(x)[:B, :max_new_tokens] for x in state.completions))
+    # Whole on every device, so that each of several processes can read all rows.
+    return Completions(*(np.asarray(place(x, ".."))[:B, :max_new_tokens] for x in state.completions))
 
 
 def stream(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model.single_query import KEY_BLOCK, single_query
+from jaxllm.sharding import place
 
 # The lowest finite score and not -inf: a query that sees nothing gets even weights instead of NaN.
 LOWEST = jnp.finfo(jnp.float32).min
@@ -106,7 +107,9 @@ def _einsum_backward(scale, soft_cap, operand_dtype, residuals, out_grad_BTNH):
     k_BKHS = jax.lax.optimization_barrier(k_BKSH.swapaxes(2, 3))
     q_grad_BKHGT = _wide("bkhs,bksgt->bkhgt", k_BKHS, grad_BKSGT)
     k_grad_BSKH, v_grad_BSKH = (x.transpose(0, 2, 1, 3).astype(out_grad_BTNH.dtype) for x in (k_grad_BKSH, v_grad_BKSH))
-    return _ungrouped(q_grad_BKHGT.transpose(0, 1, 3, 4, 2), out_grad_BTNH), k_grad_BSKH, v_grad_BSKH, None
+    q_grad_BTNH = _ungrouped(q_grad_BKHGT.transpose(0, 1, 3, 4, 2), out_grad_BTNH)
+    # A single head's axis loses its place on the mesh in a reshape.
+    return place(q_grad_BTNH, "btnh"), place(k_grad_BSKH, "bskh"), place(v_grad_BSKH, "bskh"), None
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)

@@ -204,7 +204,7 @@ def test_a_directory_of_another_run_or_of_something_else_is_refused_and_accepted
 
 # ---- two processes ----
 
-TWO = "config.loop.update(dict(steps=9, log_every=1, sample_every=0))"
+TWO = "config.loop.update(dict(steps=9, log_every=1, sample_every=5))"
 
 
 def run_two(config, workdir, *, ask_to_stop=False):

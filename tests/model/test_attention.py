@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxllm.model import build, parameter_rules
 from jaxllm.model.attention import IMPLEMENTATIONS, Visibility, attend
-from jaxllm.sharding import spec
+from jaxllm.sharding import parameter_shardings, place, spec
 
 B, T, N, K, H = 2, 6, 4, 2, 3
 POSITIONS_BT = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
@@ -185,3 +186,15 @@ def test_a_mesh_changes_no_number(implementation, shape, make_mesh):
     for ours_, same, array in zip(found, expected, (q, q, k, v), strict=True):
         np.testing.assert_allclose(ours_, np.tile(same, (4, 1, 1, 1)), atol=1e-5)
         assert ours_.sharding == array.sharding
+
+
+def test_a_single_head_learns_under_a_mesh_as_without_one(tiny, make_mesh):
+    model = build(tiny(num_heads=1, num_kv_heads=1))
+    params, tokens_BT = model.init(jax.random.key(0)), jnp.arange(16, dtype=jnp.int32).reshape(2, 8)
+    loss = lambda params, tokens: jnp.sum(model.score(params, model.hidden(params, tokens), tokens)[0])  # noqa: E731
+    bare = jax.jit(jax.grad(loss))(params, tokens_BT)
+    mesh = make_mesh(1, 1, 1)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, parameter_shardings(parameter_rules(model.config), params, mesh))
+        found = jax.jit(jax.grad(loss))(placed, place(tokens_BT, "bt"))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, bare)
