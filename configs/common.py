@@ -9,6 +9,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.stage = "pretrain"  # which objective and batches: a key of jaxllm/stages.py
     config.seed = 0  # everything random derives from it: initialisation, dropout, order of the data
 
+    config.start = ""  # run to start from: its newest parameters, tokenizer and architecture; "" starts at random
+    config.teacher = ""  # run whose newest parameters the stage "distill" learns from
+
     config.tokenizer = ml_collections.ConfigDict()
     config.tokenizer.kind = "sentencepiece"  # BPE with byte fallback, learned from the run's own text | "bytes"
     config.tokenizer.vocab_size = 4096  # of a sentencepiece tokenizer that is learned; bytes have 288
@@ -53,6 +56,11 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.objective = ml_collections.ConfigDict()
     config.objective.z_coef = 0.0  # z-loss coefficient; PaLM has 1e-4
+    config.objective.neftune_alpha = 0.0  # noise on the embeddings in training, alpha / sqrt(L D); NEFTune has 5 to 15
+    config.objective.beta = 0.0  # of a teacher's divergence: 0 is forward KL, 1 reverse KL, between them is JSD
+    config.objective.temperature = 1.0  # divides the logits of student and teacher before they are compared
+    config.objective.hard_weight = 0.5  # share of the cross-entropy with the data; 0 learns from the teacher alone
+    config.objective.student_fraction = 0.0  # of a distillation's steps, on answers that the student itself samples
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.replica = 1  # whole copies of the parameters
@@ -65,10 +73,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.loop.micro_batches = 4  # parts that a batch is cut into; gradients add up
     config.loop.log_every = 10  # steps between rows of metrics.jsonl
     config.loop.evaluate_every = 100  # steps between validations; the last step always validates
-    config.loop.evaluate_batches = 0  # at most so many validation batches; 0 takes all
+    config.loop.evaluate_first = False  # validate before the first step too
+    config.loop.evaluate_batches = 0  # at most so many validation batches of each source; 0 takes all
+    config.loop.evaluate_answers = 0  # held-out prompts answered at each validation, for ROUGE-L; 0 answers none
     config.loop.sample_every = 100  # steps between text samples; 0 never samples
     config.loop.sample_prompts = ("The ", "This function returns")
-    config.loop.sample_tokens = 48  # new tokens per sample
+    config.loop.sample_tokens = 48  # new tokens per sample and answer, at most
     config.loop.save_every = 100  # steps between checkpoints; the last step always saves
     config.loop.keep_last = 2  # checkpoints
     config.loop.keep_best = 1  # further checkpoints with the lowest validation loss
@@ -93,13 +103,26 @@ def no_argument(file: str, arg: str) -> None:
         raise ValueError(f"configs/{file}.py takes no argument, or 'tiny', not {arg!r}")
 
 
-def source(path: str = "embedded", *, weights: tuple = (1.0,)) -> ml_collections.ConfigDict:
-    """One source of documents, with its weight in the mixture at each stage."""
+def source(
+    path: str = "embedded", *, weights: tuple = (1.0,), format: str = "text", packing: str = ""
+) -> ml_collections.ConfigDict:
+    """One source of documents, texts or conversations, with its weight in the mixture at each stage."""
     source = ml_collections.ConfigDict()
-    source.path = path  # file, folder or glob: .txt, .jsonl(.gz, .zst), .parquet; "embedded": what every Python carries
-    source.field = "text"  # of a jsonl or parquet record
+    source.path = path  # file, folder, glob: .txt, .json, .jsonl(.gz, .zst), .parquet; "embedded": what Python carries
+    source.field = "text"  # of a record of format "text"
     source.weights = weights  # one per entry of data.stage_steps
     source.validation_path = ""  # files held out; "" splits them off path
+    source.format = format  # "text" | of conversations: "auto" | "messages" | "alpaca" | "sharegpt" | "prompt_response"
+    source.turns = "all"  # supervised answers of a conversation | "last"
+    source.response_only = False  # response tuning: train on answers without what they answer
+    source.on_error = "raise"  # at a bad record | "skip": leave it out and count it
+    source.packing = packing  # as data.packing, which "" takes; conversations need "best_fit_whole" or "_truncated"
+    source.tag = ""  # field whose values divide the source into tasks
+    source.balance = 1.0  # share of a task ~ its rows ** balance; 0 makes tasks equal
+    source.select = "all"  # training documents | "longest" | "random" | "diverse" | "highest" | "lowest" score_field
+    source.keep = 0.0  # how many of them, or which share below 1; 0 with "all"
+    source.score_field = ""  # number of a record, such as its perplexity
+    source.select_seed = 0  # decides which are random
     return source
 
 

@@ -32,7 +32,6 @@ from jaxllm import hardware, loop, sharding, tree, workdir  # noqa: E402
 from jaxllm.generate import generate  # noqa: E402
 from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_entropy, token_logprobs  # noqa: E402
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
-from jaxllm.model.single_query import key_blocks  # noqa: E402
 from jaxllm.stages import STAGES, RunConfig, Stage, run_config  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
@@ -105,7 +104,7 @@ def reference_step(bench: Bench, batch) -> tuple[Callable, float]:
     optimizer = optax.chain(optax.clip_by_global_norm(o.clip_norm), adamw)
     gradients = jax.value_and_grad(partial(reference_loss, bench.stage.model.config))
 
-    def step(state, batch):
+    def step(state, batch, frozen):
         params, opt_state = state
         loss, grads = gradients(params, batch)
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -152,12 +151,22 @@ def train(bench: Bench) -> dict:
 
 
 def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) -> dict:
-    """Sampling against the least time that the machine's own peak and bandwidth leave: ``decode_floor``."""
+    """Sampling against the least time that the machine's own peak and bandwidth leave: ``decode_floor``.
+
+    On a CPU ``JAX_NUM_CPU_DEVICES=2`` in the environment makes two devices of it, so that small operations run on two
+    cores.
+    """
     model = bench.stage.model
-    config, key = model.config, jax.random.key(0)
-    params = jax.jit(model.init)(key)
+    config, key, mesh = model.config, jax.random.key(0), sharding.mesh(bench.config.mesh)
     prompts_BT = np.random.default_rng(0).integers(32, config.vocab_size, (rows, prompt), np.int32)
-    run = partial(generate, model, params, prompts_BT, np.full(rows, prompt), key, max_new_tokens=new, stop_ids=())
+    with jax.set_mesh(mesh):
+        params = loop.compile_programs(bench.config, bench.stage, mesh).init(key).params
+
+    def run():
+        with jax.set_mesh(mesh):
+            lengths_B = np.full(rows, prompt)
+            return generate(model, params, prompts_BT, lengths_B, key, max_new_tokens=new, stop_ids=())
+
     compile_seconds = seconds(run)
     limits = {
         "peak": partial(hardware.measured_flops, config.operand_dtype, repeats=3),
@@ -168,6 +177,7 @@ def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) ->
     floor = decode_floor(config, params, rows=rows, prompt=prompt, new=new, **limits)
     return {
         "batch x prompt + new": f"{rows} x {prompt} + {new}",
+        "devices": jax.device_count(),
         "new tokens/s": spread(rows * new / rounds["decode"]),
         "bandwidth in the same rounds, GB/s": spread(rounds["bandwidth"] / 1e9),
         "floor, tokens/s": spread(rows * new / floor),
@@ -247,7 +257,7 @@ def overhead(bench: Bench, *, layers: int = 12) -> dict:
         for _ in range(50):
             jax.block_until_ready(state)
             start = time.perf_counter()
-            state, _ = programs.step(state, sharding.global_batch(batch, on=mesh))
+            state, _ = programs.step(state, sharding.global_batch(batch, on=mesh), {})
             times.append(time.perf_counter() - start)
     return {f"{layers} layers, ms": spread(np.array(times[5:]) * 1e3)}
 
@@ -260,7 +270,7 @@ def cache(bench: Bench, *, rows: int = 16, tokens: int = 64) -> dict:
     def append(step, layer):
         positions_B1 = jnp.full((rows, 1), step)
         k_BSKH, v_BSKH = decoding._append(config.operand_dtype, layer, positions_B1, new_B1KH, new_B1KH)
-        return {"key": key_blocks(k_BSKH), "value": v_BSKH.transpose(0, 2, 1, 3)}
+        return {"key": k_BSKH.transpose(0, 2, 1, 3), "value": v_BSKH.transpose(0, 2, 1, 3)}
 
     program = jax.jit(lambda layer: jax.lax.fori_loop(0, tokens, append, layer), donate_argnums=0)
     runs = {}
@@ -309,9 +319,9 @@ def loop_step(bench: Bench, batch, *, operand_dtype: str) -> tuple[Callable, flo
 def compiled(program, state, batch) -> tuple[Callable, float]:
     """(a function of no arguments that takes the next step and returns all of its results, seconds to compile it)."""
     start = time.perf_counter()
-    executable = program.lower(state, batch).compile()
+    executable = program.lower(state, batch, {}).compile()
     compile_seconds = time.perf_counter() - start
-    return repeating(lambda state: executable(state, batch), state), compile_seconds
+    return repeating(lambda state: executable(state, batch, {}), state), compile_seconds
 
 
 def repeating(step: Callable, state) -> Callable:

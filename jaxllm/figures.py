@@ -36,9 +36,11 @@ class Panel:
     bottom: float | None = None
 
 
-PRETRAINING = (
-    Panel("Loss, nats per token", ("loss", "validation_loss", "average_validation_loss"), scale="log"),
-    Panel("Bits per byte", ("*bits_per_byte",), scale="log"),
+PANELS = (
+    Panel("Loss, nats per token", ("loss", "validation_loss*", "average_validation_loss"), scale="log"),
+    Panel("Bits per byte", ("*bits_per_byte*",), scale="log"),
+    Panel("Divergence from the teacher, nats", ("jsd", "validation_jsd*"), scale="log"),
+    Panel("Answers to held-out prompts", ("validation_rouge_l", "validation_exact_match", "validation_answers_ended")),
     Panel("Learning rate", ("learning_rate",), bottom=0),
     Panel("Gradient norm", ("grad_norm",), scale="log"),
     Panel("Tokens per second", ("tokens_per_second",), bottom=0),
@@ -46,7 +48,7 @@ PRETRAINING = (
 )
 
 
-def curves(rows: Sequence[Mapping[str, Any]], path: Any, panels: Sequence[Panel] = PRETRAINING) -> None:
+def curves(rows: Sequence[Mapping[str, Any]], path: Any, panels: Sequence[Panel] = PANELS) -> None:
     """Draw the ``panels`` that have data into one PNG at ``path``, against ``row["step"]``.
 
     Non-finite values leave a gap. Raises ``ValueError`` if no panel has a number to show.
@@ -59,10 +61,49 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Any, panels: Sequence[Panel]
         raise ValueError(f"nothing to draw in {path}: the rows hold {present}, the panels want {wanted}")
     columns = min(2, len(found))
     lines = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(WIDTH * columns, HEIGHT * lines), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(columns, lines)
     for index, (panel, series) in enumerate(found):
         _draw(figure.add_subplot(lines, columns, index + 1), panel, series)
+    _save(figure, path)
+
+
+def comparison(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Any, *, name: str) -> None:
+    """Draw one metric of several groups of runs into a PNG: the mean of each group, and a band from least to greatest.
+
+    ``groups`` maps a label to the rows of each of its runs, which differ in their seed. Raises ``ValueError`` where
+    runs of a group have the metric at different steps.
+    """
+    figure = _figure(1, 1)
+    axes = figure.add_subplot()
+    for (label, runs), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
+        steps, values = aligned(runs, name)
+        mean = values.mean(axis=0)
+        axes.plot(steps, mean, color=colour, linewidth=1.8, label=f"{label}  {mean[-1]:.4g}")
+        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+    _dress(axes, name.replace("_", " "))
+    axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+    _save(figure, path)
+
+
+def aligned(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values of the metric as [runs, steps]). Raises ``ValueError`` where the runs have it at different steps.
+    """
+    found = [{row["step"]: row[name] for row in rows if name in row} for rows in runs]
+    steps = sorted(found[0])
+    if not steps or any(sorted(each) != steps for each in found):
+        raise ValueError(
+            f"{name}: the runs have it at steps {[sorted(each) for each in found]}; compare like with like"
+        )
+    return np.array(steps), np.array([[each[step] for step in steps] for each in found])
+
+
+def _figure(columns: int, lines: int) -> Figure:
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * lines), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Any) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -85,18 +126,22 @@ def _draw(axes: Axes, panel: Panel, series: Series) -> None:
     for (name, (steps, values)), colour in zip(series.items(), itertools.cycle(COLOURS), strict=False):
         _curve(axes, steps, values, colour, label=f"{name.replace('_', ' ')}  {_last(values):.4g}")
     _scale(axes, panel, np.concatenate([values for _, values in series.values()]))
-    axes.set_title(panel.title, loc="left", color=INK, fontsize=10, fontweight="bold")
-    axes.set_xlabel("step", color=INK, fontsize=8)
-    axes.grid(color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=8, length=0, which="both")
-    axes.spines[:].set_visible(False)
+    _dress(axes, panel.title)
     if len(series) > 1:
         axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
     else:
         axes.set_title(
             f"{_last(*[values for _, values in series.values()]):.4g}", loc="right", color=COLOURS[0], fontsize=9
         )
+
+
+def _dress(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
+    axes.set_xlabel("step", color=INK, fontsize=8)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=8, length=0, which="both")
+    axes.spines[:].set_visible(False)
 
 
 def _curve(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:

@@ -3,6 +3,7 @@
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,16 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxllm import checkpoint, figures, hardware, metrics, sharding, tree, workdir
+from jaxllm.evaluate.answers import answers, compared, scores
 from jaxllm.evaluate.continuations import continuations
-from jaxllm.evaluate.perplexity import evaluator, likelihood, num_target_bytes
+from jaxllm.evaluate.perplexity import evaluator
+from jaxllm.evaluate.validation import validation
 from jaxllm.generate import SamplerConfig
 from jaxllm.log import Log
-from jaxllm.model import flops_per_token, parameter_rules
-from jaxllm.stages import STAGES, RunConfig, Stage, limited, run_config
+from jaxllm.model import Model, flops_per_token, parameter_rules
+from jaxllm.stages import STAGES, RunConfig, Stage, limited, resolved, run_config
 from jaxllm.train import TrainState, optimizer, schedule, update
 from jaxllm.train.optimizer import AverageState, SpikeState, find_state
 from jaxllm.train.update import init_state
@@ -28,6 +30,7 @@ from jaxllm.train.update import init_state
 # Exit status of a run that was asked to stop (SIGTERM, SIGINT), saved, and will continue when started again:
 # EX_TEMPFAIL.
 EXIT_PREEMPTED = 75
+GREEDY = SamplerConfig(temperature=0.0)
 
 
 class Preempted(SystemExit):
@@ -42,7 +45,8 @@ class Programs(NamedTuple):
     """The functions that a run compiles, and the layout of its state."""
 
     init: Any  # (key) -> state, sharded from the start
-    step: Any  # (state, batch) -> (state, metrics); donates the state
+    begin: Any  # (params) -> state
+    step: Any  # (state, batch, frozen) -> (state, metrics); donates the state
     template: TrainState  # shapes, dtypes and shardings
 
 
@@ -51,12 +55,13 @@ class Run(NamedTuple):
 
     config: RunConfig
     stage: Stage
+    frozen: Mapping[str, tree.Tree]
     programs: Programs
     checkpoints: checkpoint.Checkpoints
     meta: dict[str, Any]  # saved with each checkpoint, compared at restoring
     directory: Path
     place: Callable  # host batch -> global arrays
-    validate: Callable  # state -> row
+    evaluate: Callable  # (params, batches, **frozen) -> metrics
 
 
 def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dict[str, float]:
@@ -66,6 +71,7 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
     the loss stops being finite, ``OSError`` where the disk fails, and ``Preempted`` (exit status 75) once it has saved
     after SIGTERM or SIGINT.
     """
+    values = resolved(values)
     config = run_config(values)
     mesh = sharding.mesh(config.mesh)
     with stop_signals() as stopping, jax.set_mesh(mesh), ExitStack() as stack:
@@ -79,12 +85,13 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
         run = Run(
             config=config,
             stage=stage,
+            frozen={name: given.params(_shardings(given.model, mesh)) for name, given in stage.frozen.items()},
             programs=compile_programs(config, stage, mesh),
             checkpoints=checkpoints,
             meta={"tokenizer": stage.tokenizer.fingerprint, "data": stage.batches.fingerprint, "config": dict(values)},
             directory=directory,
             place=place,
-            validate=partial(_validation, config, stage, evaluator(stage.objective, stage.prepare, place)),
+            evaluate=evaluator(stage.objective, stage.prepare, place),
         )
         state, position = _start(run, ("config", "data") if accept_changes else ("config",))
         workdir.record(directory, values, stage.report)
@@ -97,12 +104,11 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
 
 def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     """The training step and the initialisation, placed on the mesh by the model's table. Nothing runs yet."""
-    rules = parameter_rules(stage.model.config)
+    rules, shardings = parameter_rules(stage.model.config), _shardings(stage.model, mesh)
     tokens_per_step = config.loop.batch_size * config.data.sequence_length
     rate = schedule(config.optimizer, steps=config.loop.steps, tokens_per_step=tokens_per_step)
     chain = optimizer(config.optimizer, rate, rules)
     abstract = jax.eval_shape(stage.model.init, jax.random.key(0))
-    shardings = sharding.parameter_shardings(rules, abstract, mesh)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     # Under an explicit mesh the optimizer's state has its sharding in its type, so no second table is needed.
     template = sharding.with_shardings(jax.eval_shape(partial(init_state, optimizer=chain), abstract), mesh)
@@ -111,13 +117,14 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     # made in place.
     init_params = jax.sharding.auto_axes(stage.model.init, out_sharding=jax.tree.map(lambda x: x.spec, shardings))
 
-    def step(state, batch):
+    def step(state, batch, frozen):
         batch = stage.prepare(batch)
-        if stage.model.config.dropout:
-            key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-            batch["dropout_key"] = jax.random.split(key, config.loop.micro_batches)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        for name in stage.keys:
+            named = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            batch[name] = jax.random.split(named, config.loop.micro_batches)
         learning_rate = rate(state.step)
-        state, measured = update(state, batch, loss=stage.objective, optimizer=chain)
+        state, measured = update(state, batch, loss=partial(stage.objective, **frozen), optimizer=chain)
         spikes = find_state(SpikeState, state.opt_state)
         skipped = {"skipped": spikes.skipped} if spikes else {}
         counted = {"tokens": jnp.count_nonzero(batch["segments_BT"]), "learning_rate": learning_rate}
@@ -126,15 +133,28 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     placed = jax.tree.map(lambda x: x.sharding, template)
     return Programs(
         init=jax.jit(lambda key: init_state(init_params(key), chain), out_shardings=placed),
+        begin=jax.jit(lambda params: init_state(params, chain), out_shardings=placed),
         step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
         template=template,
     )
 
 
+def _shardings(model: Model, mesh) -> tree.Tree:
+    """Where the parameters of a model lie."""
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    return sharding.parameter_shardings(parameter_rules(model.config), abstract, mesh)
+
+
 def _start(run: Run, ignored: tuple[str, ...]) -> tuple[TrainState, dict | None]:
-    """The newest checkpoint's state and position, the loader set to it; without one, random parameters and None."""
+    """The newest checkpoint's state and position, the loader set to it; without one, None and the parameters of the
+    run that this one starts from, or random ones.
+    """
     if run.checkpoints.latest_step is None:
-        return run.programs.init(jax.random.key(run.config.seed)), None
+        if run.stage.start is None:
+            return run.programs.init(jax.random.key(run.config.seed)), None
+        given = run.stage.start.params(jax.tree.map(lambda x: x.sharding, run.programs.template.params))
+        print(f"starts from {run.config.start}", file=sys.stderr)
+        return run.programs.begin(given), None
     # The config was compared when the directory was opened; here what it was made into must agree.
     restored = run.checkpoints.restore(run.programs.template, run.meta, ignore=ignored)
     run.stage.batches.set_state(restored.position["loader"])
@@ -150,9 +170,13 @@ def _throughput(config, stage, state) -> metrics.Throughput:
 
 def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> dict[str, float]:
     loop, step, validated = run.config.loop, int(state.step), {}
+    if step == 0 and loop.evaluate_first:
+        log.write(0, _validation(run, state))
     while step < loop.steps:
         batch = next(run.stage.batches)
-        state, measured = run.programs.step(state, run.place(batch))
+        if run.stage.rollout:
+            batch = run.stage.rollout(state.params, batch, step)
+        state, measured = run.programs.step(state, run.place(batch), run.frozen)
         step += 1
         log.add(step, batch, measured)
         last, stop = step == loop.steps, _asked_to_stop(stopping, step)
@@ -162,7 +186,7 @@ def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> 
         if stop or due["evaluate"] or due["sample"] or due["save"]:
             with log.paused():
                 if due["evaluate"]:
-                    validated = run.validate(state)
+                    validated = _validation(run, state)
                     log.write(step, validated)
                 if due["sample"]:
                     _write_samples(run, state.params, step)
@@ -175,7 +199,7 @@ def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> 
     run.checkpoints.wait()
     if jax.process_index() == 0:
         figures.curves(metrics.read(run.directory / "metrics.jsonl"), run.directory / "figures" / "curves.png")
-    return validated or run.validate(state)
+    return validated or _validation(run, state)
 
 
 def _periods(loop) -> dict[str, int]:
@@ -192,36 +216,50 @@ def _save(run: Run, state: TrainState, step: int, log: Log, validated: dict | No
     run.checkpoints.save(step, state, position=position, meta=run.meta, metrics=validated)
 
 
-def _validation(config, stage, evaluate, state) -> dict[str, float]:
-    """Likelihood of the held-out text under the parameters, and under their average where one is kept."""
-    batches = partial(limited, stage.validation, config.loop.evaluate_batches)
-    num_bytes = _over_processes(sum(num_target_bytes(batch, stage.tokenizer.byte_lengths_V) for batch in batches()))
-    kept = find_state(AverageState, state.opt_state)
-    found = {"": state.params} | ({"average_": kept.average} if kept else {})
-    row = {}
-    for prefix, params in found.items():
-        measured = likelihood(evaluate(params, batches())["nll"], num_bytes)
-        row |= {
-            f"{prefix}validation_loss": measured["nats_per_token"],
-            f"{prefix}validation_perplexity": measured["perplexity"],
-            f"{prefix}validation_bits_per_byte": measured["bits_per_byte"],
-        }
+def _validation(run: Run, state: TrainState) -> dict[str, float]:
+    """What is measured on held-out data under the parameters, and under their average where one is kept."""
+    stage, count = run.stage, run.config.loop.evaluate_batches
+    sources = {name: partial(limited, batches, count) for name, batches in stage.validation.items()}
+    measure = partial(validation, run.evaluate, sources=sources, byte_lengths_V=stage.tokenizer.byte_lengths_V)
+    row = measure(params=state.params, **run.frozen)
+    if kept := find_state(AverageState, state.opt_state):
+        row |= {f"average_{name}": value for name, value in measure(params=kept.average, **run.frozen).items()}
+    if run.config.loop.evaluate_answers:
+        row |= _answered(run, state)
     return row
 
 
+def _answered(run: Run, state: TrainState) -> dict[str, float]:
+    """How near the answers to held-out prompts come to those of the data; all of them go to ``answers.jsonl``."""
+    loop, tokenizer = run.config.loop, run.stage.tokenizer
+    given = run.stage.prompts[: loop.evaluate_answers]
+    prompts, references = [prompt.prompt_ids for prompt in given], [prompt.reference_ids for prompt in given]
+    how = dict(max_new_tokens=loop.sample_tokens, sampler=GREEDY, batch_size=min(32, len(given)))
+    found = answers(run.stage.model, state.params, prompts, jax.random.key(0), **how)
+    rows = compared(tokenizer, prompts, references, found)
+    _record(run, "answers.jsonl", int(state.step), [row._asdict() for row in rows])
+    return {f"validation_{name}": value for name, value in scores(rows).items()}
+
+
 def _write_samples(run: Run, params: tree.Tree, step: int) -> None:
-    """How the model continues the prompts at this step: greedy, so that only training changes it."""
-    prompts, greedy = run.config.loop.sample_prompts, SamplerConfig(temperature=0.0)
-    model, tokenizer, length = run.stage.model, run.stage.tokenizer, run.config.loop.sample_tokens
-    texts = continuations(model, params, tokenizer, prompts, jax.random.key(0), max_new_tokens=length, sampler=greedy)
-    if jax.process_index() == 0:
-        with metrics.jsonl(run.directory / "samples.jsonl", after_step=step - 1) as write:
-            for prompt, text in zip(prompts, texts, strict=True):
-                write(step, {"prompt": prompt, "text": text})
-                print(
-                    f"  {prompt}\033[2m{text!r}\033[0m" if sys.stderr.isatty() else f"  {prompt}{text!r}",
-                    file=sys.stderr,
-                )
+    """How the model goes on after the prompts at this step: greedy, so that only training changes it."""
+    stage, prompts = run.stage, run.config.loop.sample_prompts
+    how = dict(max_new_tokens=run.config.loop.sample_tokens, sampler=GREEDY, read=stage.prompt)
+    texts = continuations(stage.model, params, stage.tokenizer, prompts, jax.random.key(0), **how)
+    rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    for row in _record(run, "samples.jsonl", step, rows):
+        shown = f"\033[2m{row['text']!r}\033[0m" if sys.stderr.isatty() else repr(row["text"])
+        print(f"  {row['prompt']}{shown}", file=sys.stderr)
+
+
+def _record(run: Run, name: str, step: int, rows: list[dict]) -> list[dict]:
+    """The rows, written to the file of this name by the first process; of the others, none."""
+    if jax.process_index() > 0:
+        return []
+    with metrics.jsonl(run.directory / name, after_step=step - 1) as write:
+        for row in rows:
+            write(step, row)
+    return rows
 
 
 def _writers(config, directory, start_step):
@@ -229,7 +267,7 @@ def _writers(config, directory, start_step):
     if jax.process_index() > 0:
         return metrics.writers()
     opened = [
-        metrics.jsonl(directory / "metrics.jsonl", after_step=start_step),
+        metrics.jsonl(directory / "metrics.jsonl", after_step=start_step or -1),
         metrics.progress(config.loop.steps, start_step=start_step),
     ]
     if config.loop.tensorboard:
@@ -270,11 +308,6 @@ def _first_process_first() -> Iterator[None]:
     yield
     if jax.process_index() == 0:
         multihost_utils.sync_global_devices("made by the first process")
-
-
-def _over_processes(count: int) -> int:
-    """The sum of every process's ``count``."""
-    return int(np.sum(multihost_utils.process_allgather(np.uint32(count)), dtype=np.uint64))
 
 
 def _asked_to_stop(stopping: threading.Event, step: int) -> bool:

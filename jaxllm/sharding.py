@@ -68,6 +68,14 @@ def place(x: jax.Array, letters: str) -> jax.Array:
     return x if spec(letters) is None else jax.reshard(x, spec(letters))
 
 
+def gathered(x: jax.Array) -> jax.Array:
+    """``x`` whole on every shard of a batch, still cut over ``tensor``; as it is where no mesh is set."""
+    named = jax.typeof(x).sharding
+    if named.mesh.empty:
+        return x
+    return jax.reshard(x, PartitionSpec(*(None if axis in ACTIVATION_AXES["b"] else axis for axis in named.spec)))
+
+
 def parameter_spec(letters: str) -> PartitionSpec:
     """The placement of a parameter with these dimensions (``'ldnh'``)."""
     return PartitionSpec(*(PARAMETER_AXES.get(letter) for letter in letters))

@@ -9,9 +9,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -56,12 +57,30 @@ def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool 
     return directory
 
 
-def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Tree, Tokenizer]:
-    """(model, params, tokenizer) of a run: its newest whole checkpoint, or that of ``step``, on the first device."""
+class Saved(NamedTuple):
+    """What a run saved: its model, its tokenizer, and a function that reads the parameters of its newest checkpoint."""
+
+    model: Model
+    tokenizer: Tokenizer
+    params: Callable[..., Tree]  # (shardings=None); without them on the first device
+
+
+def saved(directory: str | os.PathLike, *, step: int | None = None) -> Saved:
+    """The run in this directory, its parameters (the newest whole checkpoint's, or those of ``step``) still unread."""
     values = config(directory)
     tokens = tokenizer.load(Path(directory) / "tokenizer")
     model = build(section(DecoderConfig, values["model"], path="config.model").with_vocabulary(tokens.vocab_size))
-    return model, checkpoint.restore_params(Path(directory) / "checkpoints", step=step), tokens
+
+    def params(shardings: Tree = None) -> Tree:
+        return checkpoint.restore_params(Path(directory) / "checkpoints", step=step, shardings=shardings)
+
+    return Saved(model, tokens, params)
+
+
+def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Tree, Tokenizer]:
+    """(model, params, tokenizer) of a run: its newest whole checkpoint, or that of ``step``, on the first device."""
+    found = saved(directory, step=step)
+    return found.model, found.params(), found.tokenizer
 
 
 def config(directory: str | os.PathLike) -> dict:

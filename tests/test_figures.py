@@ -45,7 +45,7 @@ def test_a_pretraining_run_becomes_one_png_with_a_panel_for_each_metric_that_has
 
 
 def test_one_panel_is_one_column_wide(tmp_path):
-    figures.curves(rows(), tmp_path / "loss.png", figures.PRETRAINING[:1])
+    figures.curves(rows(), tmp_path / "loss.png", figures.PANELS[:1])
     assert image.imread(tmp_path / "loss.png").shape[1] == int(figures.WIDTH * figures.DPI)
 
 
@@ -74,7 +74,7 @@ def test_nan_and_infinity_leave_a_gap_and_a_metric_without_a_number_is_left_out(
 def test_a_run_that_ended_in_nan_can_still_be_drawn(tmp_path):
     found = [{"step": s, "loss": 2.0 if s < 80 else math.nan} for s in range(100)]
     figures.curves(found, tmp_path / "a.png")
-    assert axes_of(figures.PRETRAINING[0], found).get_title("right") == "2"
+    assert axes_of(figures.PANELS[0], found).get_title("right") == "2"
 
 
 @pytest.mark.parametrize(("value", "scale"), [(0.5, "log"), (0.0, "linear"), (-1.0, "linear")])

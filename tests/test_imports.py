@@ -17,14 +17,15 @@ FLOORS = {
     **dict.fromkeys(("sharding", "data"), 1),
     **dict.fromkeys(("model", "checkpoint"), 2),
     **dict.fromkeys(("generate", "train", "workdir", "log"), 3),
-    "evaluate": 4,
+    **dict.fromkeys(("evaluate", "rl"), 4),
     "stages": 5,
     "loop": 6,
+    "serve": 7,
 }
 # Within floor 0, losses make their products with the one einsum, and metrics and figures stand apart.
-SAME_FLOOR = {("losses", "einsum")}
+SAME_FLOOR = {("losses", "einsum"), ("rl", "evaluate")}
 MAY_COMPILE = ("loop", "generate", "evaluate", "hardware")
-MAY_TOUCH_FILES = ("text", "data", "checkpoint", "metrics", "figures", "workdir")
+MAY_TOUCH_FILES = ("text", "data", "checkpoint", "metrics", "figures", "workdir", "serve")
 NO_JAX = ("text", "data", "configure")
 # Grain names an iterator's position get_state and set_state, and those who take one call them so.
 NOT_NAMES = re.compile(r"_?(get|compute)_(?!state$)|.*(Trainer|Manager|_fn$)|(utils|helpers)$")

@@ -416,7 +416,7 @@ def kill_within(monkeypatch, name):
     [
         ("_start", 1),  # before the first step
         ("update", 1),  # while the step is traced and compiled
-        ("num_target_bytes", 7),  # during the validation of step 6
+        ("validation", 7),  # during the validation of step 6
         ("continuations", 7),  # while samples are written
         ("_save", 5),  # during the save of step 4
     ],
@@ -501,7 +501,7 @@ def test_the_step_takes_the_buffers_of_its_state(values):
             name: np.ones((2, 8, 32), np.int32) for name in ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
         }
         batch |= {"mask_BT": np.ones((2, 8, 32), bool)}
-        after, _ = programs.step(state, sharding.global_batch(batch, mesh))
+        after, _ = programs.step(state, sharding.global_batch(batch, mesh), {})
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert int(after.step) == 1
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxllm import stages
+from jaxllm import checkpoint, stages, workdir
 from jaxllm.text.special_tokens import PAD_ID
 
 TEXTS = [f"document {index}: " + "some words and é " * (index % 5) for index in range(40)]
@@ -193,3 +193,109 @@ def test_limited_reads_no_further_than_it_needs():
         raise AssertionError("read too far")
 
     assert list(stages.limited(batches(), 1)) == [1]
+
+
+# ---- starting from another run, imitation of conversations, a teacher ----
+
+QUESTIONS = [{"instruction": f"What is {n} and {n}?", "output": f"{2 * n}."} for n in range(40)]
+
+
+@pytest.fixture
+def chat_values(values, tmp_path):
+    """As ``values``, of conversations and texts mixed."""
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(QUESTIONS), encoding="utf-8")
+
+    def chat_values(**changes):
+        given = values(**{"stage": "sft", "data__sequence_length": 48} | changes)
+        text = given["data"]["sources"]["main"]
+        chat = text | {"path": str(path), "format": "auto", "packing": "best_fit_whole"}
+        given["data"]["sources"] = {"text": text, "chat": chat}
+        return given
+
+    return chat_values
+
+
+def saved_run(given, directory):
+    """A run directory with the config, the tokenizer and a checkpoint of random parameters."""
+    stage = stages.STAGES[given["stage"]](stages.run_config(given), workdir.open(directory, given))
+    stage.batches.close()
+    with checkpoint.open(directory / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"params": jax.jit(stage.model.init)(jax.random.key(5))}, position=None, meta={})
+    return str(directory)
+
+
+def staged(given, directory):
+    given = stages.resolved(given)
+    stage = stages.STAGES[given["stage"]](stages.run_config(given), directory)
+    stage.batches.close()
+    return stage
+
+
+def test_a_run_takes_architecture_and_tokenizer_of_the_one_it_starts_from_and_computes_in_its_own_way(values, tmp_path):
+    tokens = dict(tokenizer__kind="sentencepiece", tokenizer__vocab_size=320)
+    start = saved_run(values(model__width=12, model__unroll=1, **tokens), tmp_path / "start")
+    stage = staged(values(start=start, model__dropout=0.25, model__operand_dtype="float32"), tmp_path / "run")
+    assert stage.model.config.width == 12 and stage.tokenizer.vocab_size == 320 == stage.model.config.vocab_size
+    assert (stage.model.config.dropout, stage.model.config.operand_dtype) == (0.25, "float32")
+    assert stage.model.config.unroll == values()["model"]["unroll"] != 1
+    assert stage.keys == ("dropout_key",)
+    expected = jax.jit(stage.model.init)(jax.random.key(5))
+    jax.tree.map(np.testing.assert_array_equal, stage.start.params(), expected)
+
+
+def test_a_start_that_is_no_run_is_named(values, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path / 'nowhere'}: config.json is missing"):
+        stages.resolved(values(start=str(tmp_path / "nowhere")))
+
+
+def test_fine_tuning_learns_answers_and_replayed_texts_whole_and_asks_as_a_user(chat_values, tmp_path):
+    stage = staged(chat_values(objective__neftune_alpha=5.0), tmp_path / "run")
+    spelled = set()
+    for batch in stage.validation["chat"]:
+        spelled |= set(stage.tokenizer.decode(batch["targets_BT"][batch["mask_BT"]]).split("<|end|>"))
+    assert len(spelled) > 2 and spelled <= {record["output"] for record in QUESTIONS} | {""}
+    assert all(batch["mask_BT"][batch["segments_BT"] > 0].all() for batch in stage.validation["text"])
+    assert stage.tokenizer.decode(stage.prompt("Hello?")) == "<|bos|><|user|>Hello?<|end|><|assistant|>"
+    assert stage.keys == ("noise_key",) and len(stage.prompts) == stage.report["chat"]["validation"]["num_documents"]
+    rows = stage.report["chat"]["rows"]["chat"]
+    assert 0 < rows["supervised_fraction"] < 0.5 and rows["pad_fraction"] < 0.5
+
+
+def test_fine_tuning_on_texts_alone_is_refused(values, tmp_path):
+    with pytest.raises(ValueError, match=r"config.stage='sft' needs conversations, .* set one's format to 'auto'"):
+        staged(values(stage="sft"), tmp_path / "run")
+
+
+def test_a_student_at_random_reads_the_tokenizer_of_its_teacher_whose_parameters_stay_apart(values, tmp_path):
+    tokens = dict(tokenizer__kind="sentencepiece", tokenizer__vocab_size=320)
+    teacher = saved_run(values(model__width=12, **tokens), tmp_path / "teacher")
+    stage = staged(values(stage="distill", teacher=teacher, model__width=8), tmp_path / "run")
+    assert stage.tokenizer.vocab_size == 320 and stage.model.config.width == 8
+    assert stage.frozen["teacher_params"].model.config.width == 12 and stage.rollout is None
+
+
+def test_a_teacher_is_needed_and_one_with_another_tokenizer_is_refused(values, chat_values, tmp_path):
+    with pytest.raises(ValueError, match="config.teacher='' names no run to learn from"):
+        staged(values(stage="distill"), tmp_path / "none")
+    start = saved_run(values(), tmp_path / "start")
+    teacher = saved_run(values(tokenizer__kind="sentencepiece", tokenizer__vocab_size=320), tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"teacher .* has another tokenizer \(320 ids\) than the student \(288 ids\)"):
+        staged(values(stage="distill", start=start, teacher=teacher), tmp_path / "run")
+
+
+def test_a_student_that_writes_itself_is_asked_the_training_prompts(chat_values, tmp_path):
+    teacher = saved_run(chat_values(), tmp_path / "teacher")
+    given = chat_values(stage="distill", teacher=teacher, objective__student_fraction=1.0, loop__sample_tokens=4)
+    stage = staged(given, tmp_path / "run")
+    batch = stage.rollout(jax.jit(stage.model.init)(jax.random.key(0)), {}, 0)
+    rows = flat(batch["tokens_BT"]), flat(batch["mask_BT"])
+    asked = [tokens[: np.argmax(mask) + 1] for tokens, mask in zip(*rows, strict=True)]
+    held_out = {tuple(prompt.prompt_ids) for prompt in stage.prompts}
+    prompts = {tuple(stage.prompt(record["instruction"])) for record in QUESTIONS}
+    assert len(asked) == 8 and {tuple(ids) for ids in asked} <= prompts - held_out
+    assert flat(batch["mask_BT"]).sum(axis=1).max() <= 4
+
+
+def flat(array):
+    return array.reshape(-1, array.shape[-1])

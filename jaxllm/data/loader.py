@@ -8,15 +8,15 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
 
-from jaxllm.data.config import DataConfig
-from jaxllm.data.packing import PLANS, Concatenated, Plan, Rows
+from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.data.packing import PLANS, Rows, supervised
 from jaxllm.data.tokens import Split, TokenStore
 
 Batch = dict[str, np.ndarray]
@@ -66,12 +66,21 @@ class TrainBatches:
 class ValidationBatches:
     """Finite batches, the same at every iteration; see `validation_batches`.
 
-    num_bytes: UTF-8 bytes of the text that the targets spell. num_targets: targets under the masks of all processes.
+    num_bytes: UTF-8 bytes of what is supervised in the held-out documents, those that the packing drops included.
+    num_targets: targets under the masks of all processes. reports: counts of the rows of each source.
     """
 
-    def __init__(self, batches: grain.MapDataset, config: DataConfig, num_bytes: int, num_targets: int):
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        config: DataConfig,
+        *,
+        num_bytes: int,
+        num_targets: int,
+        reports: dict[str, dict],
+    ):
         self._batches, self._config = batches, config
-        self.num_bytes, self.num_targets = num_bytes, num_targets
+        self.num_bytes, self.num_targets, self.reports = num_bytes, num_targets, reports
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -102,20 +111,18 @@ def train_batches(
       ValueError: B is not divisible by M times process_count, or a source has no row.
     """
     _check_divisible(batch_size, micro_batches, process_index, process_count)
-    sources = {name: _rows(store.train, PLANS[config.packing], config, pad_id) for name, store in stores.items()}
-    reports = {name: rows.report for name, rows in sources.items()}
-    for name, rows in sources.items():
-        if not len(rows):
-            raise ValueError(f"source {name!r} has no row: packing={config.packing!r} gives {reports[name]}")
-    weights = [config.sources[name].weights for name in stores]
-    mixture = StagedMixture(np.transpose(weights), [step * batch_size for step in config.stage_steps])
-    streams = [_shuffled(rows, [config.shuffle_seed, name]) for name, rows in sources.items()]
-    mixed = grain.MapDataset.select_from_datasets(streams, mixture)
+    streams = [stream for name in stores for stream in _streams(name, stores[name].train, config, pad_id)]
+    weights = np.transpose([stream.weights for stream in streams])
+    mixture = StagedMixture(weights, [step * batch_size for step in config.stage_steps])
+    shuffled = [_shuffled(stream.rows, [config.shuffle_seed, *stream.name]) for stream in streams]
+    mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
     content = [
-        [[name, store.train.fingerprint] for name, store in stores.items()], weights, config.stage_steps,
-        config.sequence_length, config.packing, config.shuffle_seed, batch_size,
+        [[name, store.train.fingerprint, *_overrides(config.sources[name])] for name, store in stores.items()],
+        [config.sources[name].weights for name in stores], config.stage_steps, config.sequence_length, config.packing,
+        config.shuffle_seed, batch_size,
     ]  # fmt: skip
     batches = _batched(mixed, batch_size, micro_batches, process_index, process_count)
+    reports = {"/".join(stream.name): stream.rows.report for stream in streams}
     return TrainBatches(batches, config, _digest(content).hex(), reports)
 
 
@@ -129,18 +136,34 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> ValidationBatches:
-    """Every target of the held-out documents exactly once, by concatenated rows whatever the training rows are.
+    """Every target of the held-out documents exactly once, but for what the packing of conversations drops.
 
+    Texts lie in concatenated rows whatever the training rows are, conversations whole in rows like those of training.
     Same arguments and shapes as `train_batches`. The last batch is filled with rows whose mask is False. Bits per byte
     is the sum of all targets' nats / ln 2 / num_bytes.
     """
     _check_divisible(batch_size, micro_batches, process_index, process_count)
-    held_out = [store.validation for store in stores.values() if store.validation.num_documents]
-    sources = [_rows(store, Concatenated, config, pad_id) for store in held_out]
-    rows = grain.MapDataset.source(_FilledRows(sources, batch_size))
-    batches = _batched(rows, batch_size, micro_batches, process_index, process_count)
-    num_bytes = sum(store.num_bytes for store in held_out)
-    return ValidationBatches(batches, config, num_bytes, sum(rows.plan.num_pairs for rows in sources))
+    held_out = {name: store.validation for name, store in stores.items() if store.validation.num_documents}
+    sources = {name: _validation_rows(name, store, config, pad_id) for name, store in held_out.items()}
+    rows = grain.MapDataset.source(_FilledRows(list(sources.values()), batch_size))
+    return ValidationBatches(
+        _batched(rows, batch_size, micro_batches, process_index, process_count),
+        config,
+        num_bytes=sum(store.num_bytes for store in held_out.values()),
+        num_targets=sum(each.num_targets for each in sources.values()),
+        reports={name: each.report for name, each in sources.items()},
+    )
+
+
+def validation_by_source(
+    stores: Mapping[str, Split], config: DataConfig, **arguments: int
+) -> dict[str, ValidationBatches]:
+    """`validation_batches` of each source alone, with the same arguments; of those that hold anything out."""
+    return {
+        name: validation_batches({name: store}, config, **arguments)
+        for name, store in stores.items()
+        if store.validation.num_documents
+    }
 
 
 def batch_fingerprint(batch: Batch) -> str:
@@ -203,9 +226,50 @@ def _cycle(weights: np.ndarray) -> _Cycle:
     return _Cycle(sources[order], ranks[order], counts)
 
 
-def _rows(store: TokenStore, plan: Callable[[np.ndarray, int], Plan], config: DataConfig, pad_id: int) -> Rows:
+class _Stream(NamedTuple):
+    """Rows that are shuffled among themselves: of a source, or of a task of it. weights: in each stage."""
+
+    name: tuple[str, ...]
+    rows: Rows
+    weights: np.ndarray
+
+
+def _streams(name: str, store: TokenStore, config: DataConfig, pad_id: int) -> list[_Stream]:
+    """A source's rows: of each task apart where their balance is to change."""
+    source, packing = config.sources[name], config.packing_of(name)
+    parts = {"": store.offsets} if source.balance == 1 else store.offsets_of_tasks
+    rows = {task: _rows(store, offsets, packing, config, pad_id) for task, offsets in parts.items()}
+    rows = {task: some for task, some in rows.items() if len(some)}
+    if not rows:
+        raise _no_row(name, packing, _rows(store, store.offsets, packing, config, pad_id))
+    sizes = np.array([len(some) for some in rows.values()]) ** float(source.balance)
+    return [
+        _Stream((name, task) if task else (name,), rows[task], share * np.array(source.weights))
+        for task, share in zip(rows, sizes / sizes.sum(), strict=True)
+    ]
+
+
+def _validation_rows(name: str, store: TokenStore, config: DataConfig, pad_id: int) -> Rows:
+    packing = "concatenated" if supervised(store) is None else config.packing_of(name)
+    rows = _rows(store, store.offsets, packing, config, pad_id)
+    if not len(rows):
+        raise _no_row(name, packing, rows)
+    return rows
+
+
+def _rows(store: TokenStore, offsets: np.ndarray, packing: str, config: DataConfig, pad_id: int) -> Rows:
     length = config.sequence_length
-    return Rows(store, plan(store.offsets, length), length=length, pad_id=pad_id)
+    return Rows(store, PLANS[packing](offsets, length), length=length, pad_id=pad_id)
+
+
+def _no_row(name: str, packing: str, rows: Rows) -> ValueError:
+    return ValueError(f"source {name!r} has no row: packing={packing!r} gives {rows.report}; raise sequence_length")
+
+
+def _overrides(source: SourceConfig) -> list[Any]:
+    """What a source changes for its rows alone: nothing, in general."""
+    changes = source.packing, source.balance
+    return [] if changes == ("", 1.0) else list(changes)
 
 
 def _shuffled(rows: Rows, key: object) -> grain.MapDataset:

@@ -4,19 +4,35 @@ A pair is a token and the next one of the same document: n tokens give n - 1 pai
 is a run of pairs of one document in it, and becomes a segment whose positions start at 0.
 """
 
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from jaxllm.data.tokens import TokenStore
 
+_MANY_SIZES = 1000  # up to so many, brim-full rows are found within a second
+
+
+class Dropped(NamedTuple):
+    """What a plan leaves out: whole documents, ends of documents that it cuts, and the pairs of both."""
+
+    documents: int = 0
+    ends: int = 0
+    pairs: int = 0
+
 
 class Plan(Protocol):
-    """Which pieces lie in which row. num_pairs: in all rows. dropped: documents, and their pairs, that fit in none."""
+    """Which pieces lie in which row.
 
-    num_pairs: int
-    dropped: tuple[int, int]
+    spans: index of the first token, and number of pairs, of runs of pairs that together are those of all rows.
+    """
+
+    spans: tuple[np.ndarray, np.ndarray]
+    dropped: Dropped
 
     def __len__(self) -> int: ...
 
@@ -30,74 +46,101 @@ class Concatenated:
     A document that a cut divides goes on in the next row as a new segment.
     """
 
+    dropped = Dropped()
+
     def __init__(self, offsets: np.ndarray, length: int):
         self._length = length
-        self._first_pairs = offsets - np.arange(len(offsets))  # each document has one pair less than tokens
-        self.num_pairs = int(self._first_pairs[-1])
-        self.dropped = (0, 0)
+        self.spans = offsets[:-1], np.diff(offsets) - 1
+        self._first_token = int(offsets[0])
+        # each document has one pair less than tokens
+        self._first_pairs = offsets - self._first_token - np.arange(len(offsets))
+        self._num_pairs = int(self._first_pairs[-1])
 
     def __len__(self) -> int:
-        return -(-self.num_pairs // self._length)
+        return -(-self._num_pairs // self._length)
 
     def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         start = row * self._length
-        stop = min(start + self._length, self.num_pairs)
+        stop = min(start + self._length, self._num_pairs)
         first = np.searchsorted(self._first_pairs, start, side="right") - 1
         last = np.searchsorted(self._first_pairs, stop, side="left")
         begins = np.maximum(self._first_pairs[first:last], start)
         ends = np.minimum(self._first_pairs[first + 1 : last + 1], stop)
-        return begins + np.arange(first, last), ends - begins
+        return begins + np.arange(first, last) + self._first_token, ends - begins
 
 
 @dataclass(frozen=True)
 class Table:
     """A plan written out: the pieces of row i are those from row_offsets[i] to row_offsets[i + 1]."""
 
-    starts: np.ndarray
-    counts: np.ndarray
+    spans: tuple[np.ndarray, np.ndarray]
     row_offsets: np.ndarray
-    dropped: tuple[int, int]
-
-    @property
-    def num_pairs(self) -> int:
-        return int(self.counts.sum())
+    dropped: Dropped
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
 
     def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         span = slice(self.row_offsets[row], self.row_offsets[row + 1])
-        return self.starts[span], self.counts[span]
+        starts, counts = self.spans
+        return starts[span], counts[span]
 
 
 def best_fit(offsets: np.ndarray, length: int) -> Table:
-    """Whole documents, the longest first, each in the fullest row that still takes it; a longer one is cut into pieces.
+    """Whole documents in as few rows as can be found; one longer than a row is cut into pieces.
 
-    Best-fit decreasing, as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830.
+    Best-fit decreasing, as in Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv 2404.10830: the
+    longest first, each in the fullest row that still takes it. Or brim-full rows, where they are fewer.
     """
     pairs = np.diff(offsets) - 1
     num_pieces = -(-pairs // length)
     piece_of_document = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     skipped = piece_of_document * length
     counts = np.minimum(np.repeat(pairs, num_pieces) - skipped, length)
-    return _table(np.repeat(offsets[:-1], num_pieces) + skipped, counts, length, (0, 0))
+    return _table(np.repeat(offsets[:-1], num_pieces) + skipped, counts, length, Dropped())
 
 
 def best_fit_whole(offsets: np.ndarray, length: int) -> Table:
     """As `best_fit`, but a document longer than a row is dropped and counted."""
     pairs = np.diff(offsets) - 1
     fits = pairs <= length
-    return _table(offsets[:-1][fits], pairs[fits], length, (int((~fits).sum()), int(pairs[~fits].sum())))
+    dropped = Dropped(documents=int((~fits).sum()), pairs=int(pairs[~fits].sum()))
+    return _table(offsets[:-1][fits], pairs[fits], length, dropped)
 
 
-PLANS = {"concatenated": Concatenated, "best_fit": best_fit, "best_fit_whole": best_fit_whole}
+def best_fit_truncated(offsets: np.ndarray, length: int) -> Table:
+    """As `best_fit`, but of a document longer than a row only the beginning is kept, and the end counted as dropped."""
+    pairs = np.diff(offsets) - 1
+    counts = np.minimum(pairs, length)
+    dropped = Dropped(ends=int((pairs > length).sum()), pairs=int((pairs - counts).sum()))
+    return _table(offsets[:-1], counts, length, dropped)
 
 
-def _table(starts: np.ndarray, counts: np.ndarray, length: int, dropped: tuple[int, int]) -> Table:
-    rows = _best_fit_rows(counts, length)
+PLANS: dict[str, Callable[[np.ndarray, int], Plan]] = {
+    "concatenated": Concatenated,
+    "best_fit": best_fit,
+    "best_fit_whole": best_fit_whole,
+    "best_fit_truncated": best_fit_truncated,
+}
+
+
+def _table(starts: np.ndarray, counts: np.ndarray, length: int, dropped: Dropped) -> Table:
+    rows = _fewest_rows(counts, length)
     order = np.argsort(rows, kind="stable")
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))])
-    return Table(starts[order], counts[order], row_offsets, dropped)
+    return Table((starts[order], counts[order]), row_offsets, dropped)
+
+
+def _fewest_rows(counts: np.ndarray, length: int) -> np.ndarray:
+    """Row of each piece: by best fit, or by brim-full rows where these are fewer.
+
+    Best fit pairs pieces of a third to a half of a row and wastes the rest, as conversations often are; where sizes are
+    many it wastes little, and the other way takes long.
+    """
+    rows = _best_fit_rows(counts, length)
+    if len(np.unique(counts)) > _MANY_SIZES:
+        return rows
+    return min(rows, _brim_full_rows(counts, length), key=lambda each: each.max(initial=0))
 
 
 def _best_fit_rows(counts: np.ndarray, length: int) -> np.ndarray:
@@ -121,11 +164,52 @@ def _best_fit_rows(counts: np.ndarray, length: int) -> np.ndarray:
     return rows
 
 
+def _brim_full_rows(counts: np.ndarray, length: int) -> np.ndarray:
+    """Row of each piece. One row after the other gets the sizes that fill it best, as often as there are pieces."""
+    rows, num_rows = np.zeros(len(counts), np.int64), 0
+    waiting = {int(size): np.flatnonzero(counts == size).tolist() for size in np.unique(counts)[::-1]}
+    while waiting:
+        sizes = Counter(_fullest({size: len(pieces) for size, pieces in waiting.items()}, length))
+        repeats = min(len(waiting[size]) // number for size, number in sizes.items())
+        for size in sizes.elements():
+            rows[waiting[size][-repeats:]] = np.arange(num_rows, num_rows + repeats)
+            del waiting[size][-repeats:]
+        num_rows += repeats
+        waiting = {size: pieces for size, pieces in waiting.items() if pieces}
+    return rows
+
+
+def _fullest(available: Mapping[int, int], length: int) -> list[int]:
+    """Sizes, of the many available, whose sum is the largest up to `length`; of equal sums those most alike.
+
+    Bit s of `sums` says that the sizes so far, the largest first, can add up to s: the search ends where they suffice.
+    """
+    sums, before, full = 1, [], (1 << length + 1) - 1
+    for size, number in available.items():
+        before.append((size, sums))
+        for _ in range(min(number, length // size)):
+            sums |= sums << size & full
+        if sums >> length:
+            break
+    total, chosen = sums.bit_length() - 1, []
+    for size, smaller in reversed(before):
+        while not smaller >> total & 1:
+            total -= size
+            chosen.append(size)
+    return chosen
+
+
+def supervised(store: TokenStore) -> np.ndarray | None:
+    """bool per token of a store of conversations; None of texts, which documents in memory are."""
+    return store.supervised if isinstance(store, TokenStore) else None
+
+
 class Rows:
     """The rows of a store under a plan, by index: what Grain calls a random-access source.
 
     A row has `tokens_BT`, `targets_BT`, `positions_BT`, `segments_BT` (int32) and `mask_BT` (bool), each of T numbers
-    and named as in the batch that it becomes a line of. Segments count from 1; 0 is padding.
+    and named as in the batch that it becomes a line of. Segments count from 1; 0 is padding. The mask is True where a
+    target is supervised: in texts everywhere but in the padding.
     """
 
     def __init__(self, store: TokenStore, plan: Plan, *, length: int, pad_id: int):
@@ -140,20 +224,21 @@ class Rows:
         segments = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)
         index = starts[segments] + positions
-        tokens = self._store.tokens
-        return self._padded(tokens[index], tokens[index + 1], positions, segments + 1)
+        tokens, marks = self._store.tokens, supervised(self._store)
+        mask = np.ones(len(index), bool) if marks is None else marks[index + 1]
+        return self._padded(tokens[index], tokens[index + 1], positions, segments + 1, mask)
 
     def blank(self) -> dict[str, np.ndarray]:
         """A row of padding alone."""
-        return self._padded(*np.zeros((4, 0), np.int32))
+        return self._padded(*np.zeros((5, 0), np.int32))
 
-    def _padded(self, tokens, targets, positions, segments) -> dict[str, np.ndarray]:
+    def _padded(self, tokens, targets, positions, segments, mask) -> dict[str, np.ndarray]:
         return {
             "tokens_BT": self._to_length(tokens, self._pad_id),
             "targets_BT": self._to_length(targets, self._pad_id),
             "positions_BT": self._to_length(positions, 0),
             "segments_BT": self._to_length(segments, 0),
-            "mask_BT": np.arange(self._length) < len(tokens),
+            "mask_BT": self._to_length(mask, 0).astype(bool),
         }
 
     def _to_length(self, values: np.ndarray, fill: int) -> np.ndarray:
@@ -161,15 +246,33 @@ class Rows:
         row[: len(values)] = values
         return row
 
+    @functools.cached_property
+    def targets_of_spans(self) -> np.ndarray:
+        """Supervised targets in each of the plan's spans."""
+        (starts, counts), marks = self.plan.spans, supervised(self._store)
+        if marks is None:
+            return counts
+        before = np.concatenate([[0], np.cumsum(marks, dtype=np.int64)])
+        return before[starts + counts + 1] - before[starts + 1]
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.targets_of_spans.sum())
+
     @property
     def report(self) -> dict[str, int | float]:
-        """Rows, targets, the share of padding, and what the plan dropped."""
-        places = max(len(self) * self._length, 1)
-        documents, targets = self.plan.dropped
+        """Rows, supervised targets, shares of padding and of what is supervised of the rest, and what was dropped.
+
+        Documents without a target are read for nothing, as where their answer lies beyond the end of a row.
+        """
+        pairs, dropped = int(self.plan.spans[1].sum()), self.plan.dropped
         return {
             "rows": len(self),
-            "targets": self.plan.num_pairs,
-            "pad_fraction": 1 - self.plan.num_pairs / places if len(self) else 0.0,
-            "dropped_documents": documents,
-            "dropped_targets": targets,
+            "targets": self.num_targets,
+            "pad_fraction": 1 - pairs / (len(self) * self._length) if len(self) else 0.0,
+            "supervised_fraction": self.num_targets / max(pairs, 1),
+            "documents_without_target": int((self.targets_of_spans == 0).sum()),
+            "dropped_documents": dropped.documents,
+            "dropped_ends": dropped.ends,
+            "dropped_targets": dropped.pairs,
         }

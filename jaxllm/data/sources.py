@@ -1,6 +1,6 @@
-"""Documents out of files: `.txt`, `.jsonl` (`.gz`, `.zst`), `.parquet`, folders and globs, or the embedded prose.
+"""Records out of files: `.txt`, `.json`, `.jsonl` (`.gz`, `.zst`), `.parquet`, folders and globs, or embedded prose.
 
-Nothing is skipped silently: what cannot be read as text is an error that names the file, the line and the mend.
+Nothing is skipped silently: what cannot be read is an error that names the file, the line and the mend.
 """
 
 import functools
@@ -8,18 +8,42 @@ import glob
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from jaxllm.data import embedded
+from jaxllm.text.chat import Malformed
 
 EMBEDDED = "embedded"
+T = TypeVar("T")
 
 
-Reading = Iterator[tuple[str, int]]  # text, and bytes of the file read so far
+class Record(NamedTuple):
+    """One entry of a file.
+
+    value: an object's fields, a text file's text, or the Malformed that was met in its place.
+    where: file and line, for errors. read: bytes of the file, or of the source, read so far.
+    """
+
+    value: Any
+    where: str
+    read: int
+
+    def parsed(self, parse: Callable[[Any], T]) -> T:
+        """parse(value). Raises Malformed with the place before the reason."""
+        try:
+            if isinstance(self.value, Malformed):
+                raise self.value
+            return parse(self.value)
+        except Malformed as error:
+            raise Malformed(error.reason, f"{self.where}: {error}") from error
+
+
+Reading = Iterator[Record]
 
 
 class Document(NamedTuple):
@@ -31,7 +55,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """The files of one source, in the order of their documents. `field` names the text in jsonl and parquet."""
+    """The files of one source, in the order of their documents. `field` names the text in a record."""
 
     path: str
     field: str = "text"
@@ -58,20 +82,46 @@ class DocumentSource:
                 digest.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def documents(self) -> Iterator[Document]:
-        """Every document in order. Raises ValueError at the first one that cannot be read."""
+    def records(self, columns: tuple[str, ...] = ()) -> Reading:
+        """Every record in order; columns: those to read of a parquet file, all where there are none.
+
+        Raises ValueError for a file that cannot be read. A record that cannot be raises Malformed when it is parsed.
+        """
         if self.path == EMBEDDED:
             texts, size = embedded.documents(), self.num_bytes
-            yield from (Document(text, size * count // len(texts)) for count, text in enumerate(texts, 1))
+            yield from (Record(text, EMBEDDED, size * n // len(texts)) for n, text in enumerate(texts, 1))
             return
         finished = 0
         for path in self.files:
-            read = None
-            for text, read in READERS[_suffix(path)](path, self.field):
-                yield Document(text, finished + read)
-            if read is None:
+            record = None
+            for record in READERS[_suffix(path)](path, columns):
+                yield record._replace(read=finished + record.read)
+            if record is None:
                 raise ValueError(f"{path} is empty: remove it, or leave it out of {self.path!r}")
             finished += path.stat().st_size
+
+    def documents(self) -> Iterator[Document]:
+        """Every text in order. Raises ValueError at the first one that cannot be read."""
+        for record in self.records((self.field,)):
+            yield Document(record.parsed(functools.partial(record_text, field=self.field)), record.read)
+
+
+def record_text(value: str | dict[str, Any], field: str) -> str:
+    """The text of a record, which a text file is itself. Raises Malformed where the field holds none."""
+    if isinstance(value, str):
+        return value
+    if field not in value:
+        message = f"no field {field!r} in {sorted(value)}; set field to the one that holds the text"
+        raise Malformed("no_field", message)
+    text = value[field]
+    if not isinstance(text, str):
+        raise Malformed("not_text", f"field {field!r} holds {type(text).__name__} {text!r:.40}, not text; mend it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"lone surrogate at character {error.start} of {field!r}; mend the record"
+        raise Malformed("lone_surrogate", message) from error
+    return text
 
 
 def _matches(path: str) -> tuple[Path, ...]:
@@ -99,28 +149,46 @@ def _suffix(path: Path) -> str:
     return "".join(suffixes if suffixes[-1:] in ([".gz"], [".zst"]) else suffixes[-1:]).lower()
 
 
-def _read_txt(path: Path, field: str) -> Reading:
+def _read_txt(path: Path, columns: tuple[str, ...]) -> Reading:
     data = path.read_bytes()  # bytes, since text mode would rewrite \r\n
     if data:
-        yield _decoded(data, path, 1), len(data)
+        value, line = _decoded(data)
+        yield Record(value, f"{path}, line {line}", len(data))
 
 
-def _read_jsonl(path: Path, field: str, opened: Callable[[BinaryIO], Iterable[bytes]] = iter) -> Reading:
+def _read_json(path: Path, columns: tuple[str, ...]) -> Reading:
+    """One array of objects, whose items are read one at a time so that each has its line."""
+    data = path.read_bytes()
+    if not data.strip():
+        return
+    text, line = _decoded(data)
+    if isinstance(text, Malformed):
+        raise ValueError(f"{path}, line {line}: {text}") from text
+    before = 0
+    try:
+        for start, stop, value in _items(text):
+            line, before = line + text.count("\n", before, start), start
+            yield Record(_object(value), f"{path}, line {line}", len(data) * stop // len(text))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg}); mend the file") from error
+
+
+def _read_jsonl(path: Path, columns: tuple[str, ...], opened: Callable[[BinaryIO], Iterable[bytes]] = iter) -> Reading:
     with path.open("rb") as raw:
         for number, line in enumerate(_whole_lines(opened(raw), path), 1):
             if line.strip():
-                yield _record_text(_decoded(line, path, number), field, f"{path}, line {number}"), raw.tell()
+                yield Record(_json_line(line), f"{path}, line {number}", raw.tell())
 
 
-def _read_jsonl_gz(path: Path, field: str) -> Reading:
-    return _read_jsonl(path, field, lambda raw: gzip.GzipFile(fileobj=raw))
+def _read_jsonl_gz(path: Path, columns: tuple[str, ...]) -> Reading:
+    return _read_jsonl(path, columns, lambda raw: gzip.GzipFile(fileobj=raw))
 
 
-def _read_jsonl_zst(path: Path, field: str) -> Reading:
-    return _read_jsonl(path, field, _zst_lines)
+def _read_jsonl_zst(path: Path, columns: tuple[str, ...]) -> Reading:
+    return _read_jsonl(path, columns, _zst_lines)
 
 
-def _read_parquet(path: Path, field: str) -> Reading:
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> Reading:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -130,23 +198,42 @@ def _read_parquet(path: Path, field: str) -> Reading:
     except ArrowException as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
     with file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(f"{path}: no column {field!r} in {file.schema_arrow.names}; set field to one of them")
+        names = file.schema_arrow.names
+        for missing in set(columns) - set(names):
+            raise ValueError(f"{path}: no column {missing!r} in {names}; set field to one of them")
         size, row = path.stat().st_size, 0
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=1024, columns=list(columns or names)):
+            for value in batch.to_pylist():
                 row += 1
-                yield _text(value, field, f"{path}, row {row}"), size * row // file.metadata.num_rows
+                yield Record(value, f"{path}, row {row}", size * row // file.metadata.num_rows)
 
 
-READERS: dict[str, Callable[[Path, str], Reading]] = {
+READERS: dict[str, Callable[[Path, tuple[str, ...]], Reading]] = {
     ".txt": _read_txt,
+    ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl_gz,
     ".jsonl.zst": _read_jsonl_zst,
     ".parquet": _read_parquet,
 }
 _KINDS = ", ".join(READERS)
+_OPEN, _NEXT = re.compile(r"\s*\[\s*(\]?)\s*"), re.compile(r"\s*([,\]])\s*")
+
+
+def _items(text: str) -> Iterator[tuple[int, int, Any]]:
+    """Start, stop and value of each item of a JSON array."""
+    scan, bracket = json.JSONDecoder().raw_decode, _OPEN.match(text)
+    if bracket is None:
+        raise json.JSONDecodeError("Expecting an array of objects: '['", text, 0)
+    while bracket[1] != "]":
+        start = bracket.end()
+        value, stop = scan(text, start)
+        yield start, stop, value
+        bracket = _NEXT.match(text, stop)
+        if bracket is None:
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, stop)
+    if bracket.end() < len(text):
+        raise json.JSONDecodeError("Extra data", text, bracket.end())
 
 
 def _zst_lines(raw: BinaryIO) -> Iterator[bytes]:
@@ -181,34 +268,26 @@ def _whole_lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
 
 
-def _record_text(line: str, field: str, where: str) -> str:
+def _json_line(line: bytes) -> dict[str, Any] | Malformed:
+    text, _ = _decoded(line)
+    if isinstance(text, Malformed):
+        return text
     try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}); mend or remove the line") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: {type(record).__name__} is not an object with a field {field!r}; mend the line")
-    if field not in record:
-        raise ValueError(f"{where}: no field {field!r} in {sorted(record)}; set field to the one that holds the text")
-    return _text(record[field], field, where)
+        return _object(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        return Malformed("not_json", f"not JSON ({error}); mend or remove the line")
 
 
-def _text(value: Any, field: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: field {field!r} holds {type(value).__name__} {value!r:.40}, not text")
+def _object(value: Any) -> dict[str, Any] | Malformed:
+    if isinstance(value, dict):
+        return value
+    return Malformed("not_an_object", f"{type(value).__name__} is not an object with named fields; mend or remove it")
+
+
+def _decoded(data: bytes) -> tuple[str | Malformed, int]:
+    """data as UTF-8 and 1, or what is wrong with it and its line."""
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: lone surrogate at character {error.start} of {field!r}; mend the record") from error
-    return value
-
-
-def _decoded(data: bytes, path: Path, line: int) -> str:
-    """data as UTF-8; line: the number of its first line."""
-    try:
-        return data.decode()
+        return data.decode(), 1
     except UnicodeDecodeError as error:
-        line += data.count(b"\n", 0, error.start)
-        raise ValueError(
-            f"{path}, line {line}: invalid UTF-8, byte 0x{data[error.start]:02x}; convert the file to UTF-8"
-        ) from error
+        message = f"invalid UTF-8, byte 0x{data[error.start]:02x}; convert the file to UTF-8"
+        return Malformed("invalid_utf8", message), 1 + data.count(b"\n", 0, error.start)

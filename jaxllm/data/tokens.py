@@ -1,13 +1,12 @@
 """Documents to tokens, once: a directory holds the flat ids and the offsets of the documents, or does not exist.
 
-A document is BOS, its text, EOS. Whether it is held out depends on its content alone, so that a duplicate never lies on
-both sides. The order of the documents is a keyed shuffle of the source's.
+A document is BOS, its text, EOS; or a conversation as the chat template renders it, whose store has the mask of what is
+supervised beside the ids. The order of the documents is a keyed shuffle of the source's, task by task.
 """
 
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -16,21 +15,24 @@ import uuid
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jaxllm.data.config import DataConfig, SourceConfig
-from jaxllm.data.sources import Document, DocumentSource
+from jaxllm.data.examples import TRAIN, VALIDATION, Example, labelled, resolved
+from jaxllm.data.selection import selected
+from jaxllm.data.sources import DocumentSource
+from jaxllm.text import chat
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 
-TRAIN, VALIDATION = "train", "validation"
 _FORMAT = 1  # raise it when the same source would give other files
+_ELSEWHERE = ("path", "field", "validation_path", "weights", "packing", "balance")  # in the fingerprint, or in no file
 _CHUNK_BYTES = 1 << 22
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that its multiples visit every uint64
 
@@ -39,7 +41,8 @@ _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that its multiples visit every uint64
 class TokenStore:
     """Tokens of one side of one source, on disk.
 
-    num_bytes: UTF-8 bytes of the text, BOS and EOS counting none. report: counts of what was kept and dropped, and why.
+    num_bytes: UTF-8 bytes of what is supervised, special tokens counting none. report: counts of what was kept and
+    dropped, and why. chat: whether these are conversations. tasks: documents of each, where a tag tells them apart.
     """
 
     directory: Path
@@ -48,7 +51,9 @@ class TokenStore:
     num_tokens: int
     num_bytes: int
     fingerprint: str
-    report: dict[str, int]
+    report: dict[str, Any]
+    chat: bool = False
+    tasks: dict[str, int] = field(default_factory=dict)
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
@@ -59,6 +64,18 @@ class TokenStore:
     def offsets(self) -> np.ndarray:
         """int64, one more than documents: document i is tokens[offsets[i]:offsets[i + 1]]."""
         return _mapped(self.directory / "offsets.bin", "int64", self.num_documents + 1)
+
+    @functools.cached_property
+    def supervised(self) -> np.ndarray | None:
+        """bool per token of conversations; None of texts, in which every token is."""
+        return _mapped(self.directory / "supervised.bin", "bool", self.num_tokens) if self.chat else None
+
+    @property
+    def offsets_of_tasks(self) -> dict[str, np.ndarray]:
+        """The part of `offsets` of each task; of "" where there are none."""
+        tasks = self.tasks or {"": self.num_documents}
+        starts = np.cumsum([0, *tasks.values()])
+        return {task: self.offsets[start : start + tasks[task] + 1] for task, start in zip(tasks, starts, strict=False)}
 
     def __reduce__(self):
         return open_store, (self.directory,)  # to another process goes the place, not the tokens
@@ -84,7 +101,7 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, *, directory: str | os.Pat
 def training_texts(config: DataConfig) -> Iterator[str]:
     """Texts of the training documents, from the sources in turn: what a tokenizer may learn from."""
     streams = [
-        (document.text for label, document in _labelled(source, config) if label == TRAIN)
+        (example.text for label, example in _selected(resolved(source), config) if label == TRAIN)
         for source in config.sources.values()
     ]
     while streams:
@@ -101,21 +118,29 @@ def open_store(directory: Path) -> TokenStore:
     try:
         description = json.loads((directory / "store.json").read_text(encoding="utf-8"))
         store = TokenStore(directory=directory, **description)
-        store.tokens, store.offsets  # noqa: B018  mapping them checks their length
+        store.tokens, store.offsets, store.supervised  # noqa: B018  mapping them checks their length
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"the token cache {directory.parent} is damaged ({error}): delete it") from error
     return store
 
 
 def _prepared(name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, directory: Path) -> Split:
+    source = resolved(source)
     held_out = DocumentSource(source.validation_path, source.field).fingerprint if source.validation_path else ""
     rule = [held_out] if held_out else [config.split, config.validation]
     content = [_FORMAT, DocumentSource(source.path, source.field).fingerprint, tokenizer.fingerprint, *rule]
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(content + _options(source)).encode()).hexdigest()
     place = directory / f"{name}-{fingerprint[:16]}"
     if not place.is_dir():
         _write_whole(place, lambda partial: _tokenise(name, source, config, tokenizer, partial, fingerprint))
     return Split(*(open_store(place / side) for side in (TRAIN, VALIDATION)))
+
+
+def _options(source: SourceConfig) -> list[tuple[str, Any]]:
+    """What decides the tokens and is not at its default: a new option leaves the caches that do not use it valid."""
+    values = ((option, getattr(source, option.name)) for option in fields(source) if option.name not in _ELSEWHERE)
+    template = [("template", chat.JINJA)] if source.is_chat else []
+    return [(option.name, value) for option, value in values if value != option.default] + template
 
 
 def _write_whole(place: Path, write: Callable[[Path], None]) -> None:
@@ -136,19 +161,20 @@ def _write_whole(place: Path, write: Callable[[Path], None]) -> None:
 def _tokenise(
     name: str, source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, directory: Path, fingerprint: str
 ) -> None:
-    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     counts = Counter()
     with contextlib.ExitStack() as stack, _progress() as progress:
-        sides = (TRAIN, VALIDATION)
-        writers = {side: stack.enter_context(contextlib.closing(_Writer(directory / side, dtype))) for side in sides}
+        writers = {
+            side: stack.enter_context(contextlib.closing(_Writer(directory / side, tokenizer, source)))
+            for side in (TRAIN, VALIDATION)
+        }
         total = DocumentSource(source.path, source.field).num_bytes
-        task = progress.add_task(f"tokenise {name}", total=total, documents=0, tokens=0)
-        for chunk in _chunks(_labelled(source, config)):
+        task = progress.add_task(f"tokenise {name} ({source.format})", total=total, documents=0, tokens=0)
+        for chunk in _chunks(_selected(source, config)):
             counts.update(label for label, _ in chunk)
-            kept = [(label, document.text) for label, document in chunk if label in writers]
-            encoded = tokenizer.encode_batch([text for _, text in kept])
-            for (label, text), tokens in zip(kept, encoded, strict=True):
-                writers[label].append(text, tokens)
+            kept = [(label, example) for label, example in chunk if label in writers]
+            rendered = _rendered([example.content for _, example in kept], tokenizer, source)
+            for (label, example), document in zip(kept, rendered, strict=True):
+                writers[label].append(example, document)
             tokens = sum(writer.num_tokens for writer in writers.values())
             progress.update(task, completed=chunk[-1][1].read, documents=counts.total(), tokens=tokens)
     _check_sides(name, source, config, counts)
@@ -168,56 +194,23 @@ def _check_sides(name: str, source: SourceConfig, config: DataConfig, counts: Co
             )
 
 
-def _labelled(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, Document]]:
-    """Each document with its side, or with the reason for which it is dropped."""
-    documents = DocumentSource(source.path, source.field).documents()
-    if source.validation_path:
-        held_out = DocumentSource(source.validation_path, source.field).documents()
-        labelled = _split_by_path(documents, held_out)
-    else:
-        labelled = _SPLITS[config.split](documents, config.validation)
-    return ((label if document.text else "empty", document) for label, document in labelled)
+def _selected(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, Example]]:
+    return selected(functools.partial(labelled, source, config), source)
 
 
-def _split_by_document(documents: Iterator[Document], share: float) -> Iterator[tuple[str, Document]]:
-    for document in documents:
-        yield VALIDATION if _content_key(document.text) < share * 2**64 else TRAIN, document
+def _rendered(contents: list, tokenizer: Tokenizer, source: SourceConfig) -> list[chat.Rendered]:
+    if source.is_chat:
+        return chat.render(contents, tokenizer, turns=source.turns)
+    documents = (np.concatenate([[BOS_ID], ids, [EOS_ID]]) for ids in tokenizer.encode_batch(contents))
+    return [chat.Rendered(tokens, np.ones(len(tokens), bool)) for tokens in documents]
 
 
-def _split_tail(documents: Iterator[Document], share: float) -> Iterator[tuple[str, Document]]:
-    """The last `share` of the bytes of the only document; the cut never lies inside a character."""
-    document, *more = itertools.islice(documents, 2)
-    if more:
-        raise ValueError("split='tail' holds out the end of the only document, the source has more: use 'document'")
-    data = document.text.encode()
-    head = data[: int(len(data) * (1 - share))].decode(errors="ignore")
-    yield TRAIN, Document(head, document.read)
-    if share:
-        yield VALIDATION, Document(document.text[len(head) :], document.read)
-
-
-def _split_by_path(documents: Iterator[Document], held_out: Iterator[Document]) -> Iterator[tuple[str, Document]]:
-    keys = set()
-    for document in held_out:
-        keys.add(_content_key(document.text))
-        yield VALIDATION, document._replace(read=0)
-    for document in documents:
-        yield "in_validation" if _content_key(document.text) in keys else TRAIN, document
-
-
-_SPLITS = {"document": _split_by_document, "tail": _split_tail}
-
-
-def _content_key(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=b"jaxllm").digest(), "little")
-
-
-def _chunks(labelled: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+def _chunks(labelled: Iterator[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:
     """Enough documents at a time to keep every thread busy, few enough to stay in memory."""
     chunk, size = [], 0
-    for label, document in labelled:
-        chunk.append((label, document))
-        size += len(document.text) + 64
+    for label, example in labelled:
+        chunk.append((label, example))
+        size += len(example.text) + 64
         if size >= _CHUNK_BYTES:
             yield chunk
             chunk, size = [], 0
@@ -226,40 +219,55 @@ def _chunks(labelled: Iterator[tuple[str, Document]]) -> Iterator[list[tuple[str
 
 
 class _Writer:
-    """Takes documents in the order of the source, and leaves them in the order of their keys."""
+    """Takes documents in the order of the source, and leaves them in the order of their tasks and keys."""
 
-    def __init__(self, directory: Path, dtype: str):
+    def __init__(self, directory: Path, tokenizer: Tokenizer, source: SourceConfig):
         directory.mkdir()
-        self.directory, self.dtype = directory, np.dtype(dtype)
+        self.directory, self.source = directory, source
+        self.dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
         self.num_tokens = self.num_bytes = 0
-        self._arrived = (directory / "arrived.bin").open("wb")
-        self._keys, self._offsets = array("Q"), array("q", [0])
+        self._byte_lengths_V = tokenizer.byte_lengths_V
+        self._columns = {"tokens": self.dtype} | ({"supervised": np.dtype(bool)} if source.is_chat else {})
+        self._arrived = {name: (directory / f"{name}.arrived").open("wb") for name in self._columns}
+        self._keys, self._offsets, self._tasks = array("Q"), array("q", [0]), []
 
-    def append(self, text: str, tokens: np.ndarray) -> None:
-        self._arrived.write(np.concatenate([[BOS_ID], tokens, [EOS_ID]]).astype(self.dtype))
-        self.num_tokens += len(tokens) + 2
-        self.num_bytes += len(text.encode())
+    def append(self, example: Example, document: chat.Rendered) -> None:
+        for name, file in self._arrived.items():
+            file.write(getattr(document, name).astype(self._columns[name]))
+        self.num_tokens += len(document.tokens)
+        self.num_bytes += int(self._byte_lengths_V[document.tokens[document.supervised]].sum())
         # duplicates share their content key: the count tells them apart, so that they do not end up side by side
-        self._keys.append((_content_key(text) + len(self._keys) * _GOLDEN) % 2**64)
+        self._keys.append((example.key + len(self._keys) * _GOLDEN) % 2**64)
         self._offsets.append(self.num_tokens)
+        self._tasks.append(example.task)
 
     def close(self) -> None:
-        self._arrived.close()
+        for file in self._arrived.values():
+            file.close()
 
     def finish(self, fingerprint: str, dropped: dict[str, int]) -> None:
-        path = Path(self._arrived.name)
-        arrived = _mapped(path, self.dtype, self.num_tokens)
-        offsets = np.array(self._offsets, np.int64)
-        order = np.argsort(np.array(self._keys, np.uint64), kind="stable")
-        # written, not mapped: on a full disk a write fails, a mapped page kills the process
-        with (self.directory / "tokens.bin").open("wb") as file:
-            for index in order:
-                file.write(arrived[offsets[index] : offsets[index + 1]])
+        offsets, tasks = np.array(self._offsets, np.int64), Counter(self._tasks)
+        place = {task: index for index, task in enumerate(sorted(tasks))}
+        order = np.lexsort((np.array(self._keys, np.uint64), [place[task] for task in self._tasks]))
+        for name, dtype in self._columns.items():
+            path = Path(self._arrived[name].name)
+            arrived = _mapped(path, dtype, self.num_tokens)
+            # written, not mapped: on a full disk a write fails, a mapped page kills the process
+            with (self.directory / f"{name}.bin").open("wb") as file:
+                for index in order:
+                    file.write(arrived[offsets[index] : offsets[index + 1]])
+            path.unlink()
         with (self.directory / "offsets.bin").open("wb") as file:
             file.write(np.concatenate([[0], np.cumsum(np.diff(offsets)[order])]).astype(np.int64))
-        path.unlink()
         counts = dict(num_documents=len(order), num_tokens=self.num_tokens, num_bytes=self.num_bytes)
-        description = dict(dtype=self.dtype.name, fingerprint=fingerprint, report={**counts, **dropped}, **counts)
+        report = counts | dropped
+        options = {}
+        if self.source.is_chat:
+            options["chat"] = True
+            report["format"] = self.source.format
+        if self.source.tag:
+            options["tasks"] = report["tasks"] = {task: tasks[task] for task in place}
+        description = dict(dtype=self.dtype.name, fingerprint=fingerprint, report=report, **counts, **options)
         (self.directory / "store.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 

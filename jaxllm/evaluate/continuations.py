@@ -1,13 +1,13 @@
 """What a model writes after prompts given as text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
-from jaxllm.generate import SamplerConfig, generate
+from jaxllm.evaluate.answers import STOP_IDS, answers
+from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
-from jaxllm.text.special_tokens import BOS_ID, EOS_ID, PAD_ID
+from jaxllm.text.special_tokens import BOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -21,15 +21,13 @@ def continuations(
     *,
     max_new_tokens: int,
     sampler: SamplerConfig,
+    read: Callable[[str], Sequence[int]] | None = None,
 ) -> list[str]:
-    """The text sampled after each prompt, each read as the start of a document, up to its end or ``max_new_tokens``."""
-    rows = [[BOS_ID, *tokenizer.encode(prompt)] for prompt in prompts]
-    lengths_B = np.array([len(row) for row in rows])
-    prompts_BT = np.full((len(rows), max(lengths_B)), PAD_ID, np.int32)
-    for prompt_T, row in zip(prompts_BT, rows, strict=True):
-        prompt_T[: len(row)] = row
-    done = generate(model, params, prompts_BT, lengths_B, key, max_new_tokens=max_new_tokens, sampler=sampler)
-    return [
-        tokenizer.decode(tokens_T[mask_T & (tokens_T != EOS_ID)])
-        for tokens_T, mask_T in zip(done.tokens_BT, done.mask_BT, strict=True)
-    ]
+    """The text sampled after each prompt, up to the end of the document or the turn, or ``max_new_tokens``.
+
+    ``read`` makes ids of a prompt; unless told, it is the start of a document.
+    """
+    read = read or (lambda prompt: [BOS_ID, *tokenizer.encode(prompt)])
+    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=len(prompts))
+    found = answers(model, params, [read(prompt) for prompt in prompts], key, **how)
+    return [tokenizer.decode(token for token in answer.tokens if token not in STOP_IDS) for answer in found]

@@ -21,20 +21,21 @@ from jaxllm.train.objectives import ObjectiveConfig, next_token
 from jaxllm.tree import Tree
 
 
-def evaluator(objective: Callable, prepare: Callable, place: Callable) -> Callable[[Tree, Iterable], dict[str, Ratio]]:
-    """A function (params, batches) -> the objective's metrics summed over all batches, each a host ``Ratio``.
+def evaluator(objective: Callable, prepare: Callable, place: Callable) -> Callable[..., dict[str, Ratio]]:
+    """A function (params, batches, **frozen) -> the objective's metrics summed over all batches, each a host ``Ratio``.
 
-    ``place`` puts a loader's batch on the devices, ``prepare`` weighs it there. Sums add exactly, so neither the batch
-    size nor a padded last batch changes a result; the host waits once, at the end.
+    ``frozen`` are further arguments of the objective, such as a teacher's parameters. ``place`` puts a loader's batch
+    on the devices, ``prepare`` weighs it there. Sums add exactly, so neither the batch size nor a padded last batch
+    changes a result; the host waits once, at the end.
     """
 
     @jax.jit
-    def summed(params, batch):
-        measured = jax.lax.map(lambda micro_batch: objective(params, micro_batch)[1], prepare(batch))
+    def summed(params, batch, frozen):
+        measured = jax.lax.map(lambda micro_batch: objective(params, micro_batch, **frozen)[1], prepare(batch))
         return jax.tree.map(jnp.sum, measured)
 
-    def evaluate(params: Tree, batches: Iterable) -> dict[str, Ratio]:
-        each = jax.device_get([summed(params, place(batch)) for batch in batches])
+    def evaluate(params: Tree, batches: Iterable, **frozen: Tree) -> dict[str, Ratio]:
+        each = jax.device_get([summed(params, place(batch), frozen) for batch in batches])
         return jax.tree.map(lambda *parts: float(np.sum(np.array(parts, np.float64))), *each)
 
     return evaluate

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxllm.model.single_query import KEY_BLOCK, single_query
 from jaxllm.sharding import place
 
 # The lowest finite score and not -inf: a query that sees nothing gets even weights instead of NaN.
@@ -61,8 +60,7 @@ def attend(
     ``soft_cap`` c > 0 caps scores as c tanh(score / c). ``implementation`` names a row of ``IMPLEMENTATIONS``; a single
     query has its own.
     """
-    single = q_BTNH.shape[1] == 1 and k_BSKH.shape[1] % KEY_BLOCK == 0
-    function = single_query if single else IMPLEMENTATIONS[implementation]
+    function = _single_query if q_BTNH.shape[1] == 1 else IMPLEMENTATIONS[implementation]
     return function(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype)
 
 
@@ -132,6 +130,23 @@ def _capped(scores, soft_cap):
         return scores, 1.0
     capped = jnp.tanh(scores / soft_cap)
     return soft_cap * capped, 1.0 - jnp.square(capped)
+
+
+def _single_query(q_B1NH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype):
+    """One query over a cache, whose products are as wide as the cache: where that is float32, they are memory-bound
+    sums that a CPU runs 5 times faster than in bfloat16. The query and the weights are rounded to ``operand_dtype``,
+    as the keys and values in a cache are, so that generation and training agree.
+    """
+    q_BKGH = rounded(_grouped(q_B1NH, k_BSKH.shape[2])[:, :, :, 0], operand_dtype).astype(k_BSKH.dtype)
+    scores_BKGS, _ = _capped(scale * _wide("bkgh,bskh->bkgs", q_BKGH, k_BSKH), soft_cap)
+    scores_BKGS = jnp.where(visibility.mask_BTS()[:, None], scores_BKGS, LOWEST)
+    weights_BKGS = rounded(jax.nn.softmax(scores_BKGS, axis=-1), operand_dtype).astype(v_BSKH.dtype)
+    return _ungrouped(_wide("bkgs,bskh->bkgh", weights_BKGS, v_BSKH)[:, :, :, None], q_B1NH)
+
+
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """``x`` with no more precision than ``dtype`` has. (XLA may leave out a cast there and back.)"""
+    return jax.lax.reduce_precision(x, jnp.finfo(dtype).nexp, jnp.finfo(dtype).nmant)
 
 
 def _dot_product(q_BTNH, k_BSKH, v_BSKH, visibility, scale, soft_cap, operand_dtype):

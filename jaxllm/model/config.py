@@ -13,6 +13,8 @@ ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "projections")
 ATTENTIONS = ("einsum", "dot_product")
+# The keys that say how a model is computed, and not which one it is.
+COMPUTATION = ("dropout", "activation_dtype", "operand_dtype", "attention", "remat", "unroll", "loss_chunk")
 
 
 @dataclasses.dataclass(frozen=True)

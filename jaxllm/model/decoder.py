@@ -29,8 +29,10 @@ class Model(NamedTuple):
 
     config: DecoderConfig
     init: Callable  # (key) -> params
-    forward: Callable  # (params, tokens_BT, *, positions_BT, segments_BT, dropout_key) -> logits_BTV
-    hidden: Callable  # the same -> hidden_BTD, what chunked_token_logprobs takes
+    forward: Callable  # the same as hidden -> logits_BTV
+    hidden: (
+        Callable  # (params, tokens_BT, *, positions_BT, segments_BT, dropout_key, embedding_noise_BTD) -> hidden_BTD
+    )
     score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature) -> (logp_BT, logz_BT, entropy_BT)
     cross_entropy: Callable  # (params, hidden_BTD, tokens_BT, weight_BT, *, z_coef) -> (loss, logp_BT)
     cache: Callable  # (batch_size, length) -> cache
@@ -115,15 +117,28 @@ def _init(config: DecoderConfig, inits: dict[str, Callable], key: jax.Array) -> 
     return params
 
 
-def _hidden(config, apply, params, tokens_BT, *, positions_BT=None, segments_BT=None, dropout_key=None):
+def _hidden(
+    config,
+    apply,
+    params,
+    tokens_BT,
+    *,
+    positions_BT=None,
+    segments_BT=None,
+    dropout_key=None,
+    embedding_noise_BTD=None,
+):
     """The final norm's output [B, T, D] for each position.
 
     ``positions_BT`` count from 0 in each document (0..T-1 unless told); ``segments_BT`` number the documents of a
-    packed row, and attention never crosses from one to another; ``dropout_key`` switches dropout on.
+    packed row, and attention never crosses from one to another; ``dropout_key`` switches dropout on;
+    ``embedding_noise_BTD`` is added to the embeddings, times ``embedding_scale`` as they are.
     """
     if positions_BT is None:
         positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
     x_BTD = apply["embedding"](params["embedding"], tokens_BT)
+    if embedding_noise_BTD is not None:
+        x_BTD += (config.embedding_scale * embedding_noise_BTD).astype(x_BTD.dtype)
     visibility = Visibility(positions_BT, positions_BT, segments_BT, segments_BT)
     kinds = LayerKinds(config, positions_BT)
 

@@ -1,7 +1,6 @@
 """Generation with an explicit cache of keys and values: a tree passed in, extended in place, and handed on.
 
-Keys lie in ``key_blocks`` and values as [B, K, S, H]: innermost is what a single query's scores (S) and result (H) run
-over, so that it reads them at the speed of memory.
+Both lie as [B, K, S, H], so that a single query's products read each head's memory in one piece.
 """
 
 import dataclasses
@@ -11,59 +10,48 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model import heads
-from jaxllm.model.attention import Visibility
+from jaxllm.model.attention import Visibility, rounded
 from jaxllm.model.config import DecoderConfig
 from jaxllm.model.kinds import LayerKinds
-from jaxllm.model.single_query import KEY_BLOCK, from_key_blocks, key_blocks, per_shard, rounded
-from jaxllm.sharding import spec
+from jaxllm.sharding import gathered, spec
 from jaxllm.tree import Tree, map_named
 
 
 def empty_cache(config: DecoderConfig, batch_size: int, length: int) -> Tree:
-    """An empty cache for at least ``length`` positions: keys and values of each layer, and each row's filled positions.
+    """An empty cache for ``length`` positions: keys and values of each layer, and each row's filled positions.
 
     It has the dtype of the activations. (On a CPU, JAX 0.10.2 updates a bfloat16 cache by widening all of it, 100 times
     slower.)
     """
-    B, S, K, H = batch_size, _whole_blocks(length), config.num_kv_heads, config.head_width
-    zeros = partial(jnp.zeros, dtype=config.activation_dtype)
-    layers = tuple(
-        {
-            "key": zeros((B, K, S // KEY_BLOCK, H, KEY_BLOCK), out_sharding=spec("bk.h.")),
-            "value": zeros((B, K, S, H), out_sharding=spec("bksh")),
-        }
-        for _ in range(config.num_layers)
-    )
-    return {"layers": layers, "length_B": jnp.zeros((B,), jnp.int32, out_sharding=spec("b"))}
+    shape = (batch_size, config.num_kv_heads, length, config.head_width)
+    zeros = partial(jnp.zeros, shape, config.activation_dtype, out_sharding=spec("bksh"))
+    layers = tuple({"key": zeros(), "value": zeros()} for _ in range(config.num_layers))
+    return {"layers": layers, "length_B": jnp.zeros((batch_size,), jnp.int32, out_sharding=spec("b"))}
 
 
 def lengthened(cache: Tree, length: int) -> Tree:
-    """The cache with room for at least ``length`` positions, copied once."""
-    more = _whole_blocks(length) - cache["layers"][0]["value"].shape[2]
-    none = (0, 0)
-    layers = tuple(
-        {
-            "key": jnp.pad(layer["key"], (none, none, (0, more // KEY_BLOCK), none, none)),
-            "value": jnp.pad(layer["value"], (none, none, (0, more), none)),
-        }
-        for layer in cache["layers"]
-    )
+    """The cache with room for ``length`` positions, copied once."""
+    more = length - cache["layers"][0]["value"].shape[2]
+    layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), cache["layers"])
     return cache | {"layers": layers}
 
 
 def ready(config: DecoderConfig, params: Tree) -> Tree:
     """The parameters as ``extend`` reads them per token: layers apart, kernels in ``operand_dtype``, a head of their
-    own.
+    own, nothing cut over the devices that share a batch.
 
-    What is ready already comes back as it is. Casting and cutting once, outside the loop over tokens, halves the memory
-    read per token.
+    What is ready already comes back as it is. Casting, cutting and gathering once, outside the loop over tokens, halves
+    the memory read per token.
     """
     if isinstance(params["blocks"], tuple):
         return params
-    narrow = partial(map_named, lambda name, x: x.astype(config.operand_dtype) if name.endswith("kernel") else x)
-    blocks = narrow(params["blocks"])
-    layers = tuple(jax.tree.map(lambda x, layer=layer: x[layer], blocks) for layer in range(config.num_layers))
-    return params | {"blocks": layers, "head": narrow({"kernel": heads.head(config, params)})}
+
+    def narrow(name, x):
+        return gathered(x.astype(config.operand_dtype) if name.endswith("kernel") else x)
+
+    whole = map_named(narrow, params | {"head": {"kernel": heads.head(config, params)}})
+    layers = tuple(jax.tree.map(lambda x, layer=layer: x[layer], whole["blocks"]) for layer in range(config.num_layers))
+    return whole | {"blocks": layers}
 
 
 def extend(config, apply, params, cache, tokens_BT, lengths_B):
@@ -88,7 +76,7 @@ def extend(config, apply, params, cache, tokens_BT, lengths_B):
         x_BTD, (k_BSKH, v_BSKH) = apply["blocks"](
             params["blocks"][layer], x_BTD, table, visibility._replace(window=window), keep, None
         )
-        layers.append({"key": key_blocks(k_BSKH), "value": v_BSKH.transpose(0, 2, 1, 3)})
+        layers.append({"key": k_BSKH.transpose(0, 2, 1, 3), "value": v_BSKH.transpose(0, 2, 1, 3)})
     last_B1D = jnp.take_along_axis(x_BTD, (lengths_B - 1)[:, None, None], axis=1)
     hidden_B1D = apply["final_norm"](params["final_norm"], last_B1D)
     own_head = dataclasses.replace(config, tied_head=False)
@@ -98,25 +86,20 @@ def extend(config, apply, params, cache, tokens_BT, lengths_B):
 
 def _append(operand_dtype, old, positions_BT, k_BTKH, v_BTKH):
     """The layer's cache with new keys and values at these positions, seen as (k_BSKH, v_BSKH)."""
-    k_BTKH, v_BTKH = rounded(k_BTKH, operand_dtype), rounded(v_BTKH, operand_dtype)
-    keys = per_shard(_write_keys, "bk.h.")(old["key"], k_BTKH, positions_BT)
-    value_BKSH = per_shard(_write_values, "bksh")(old["value"], v_BTKH, positions_BT)
-    seen = from_key_blocks(keys), value_BKSH.transpose(0, 2, 1, 3)
+    new = {"key": rounded(k_BTKH, operand_dtype), "value": rounded(v_BTKH, operand_dtype)}
+    written = jax.tree.map(lambda old, new: _written(old, new, positions_BT), old, new)
+    seen = tuple(written[name].transpose(0, 2, 1, 3) for name in ("key", "value"))
     # A product may not take its operand straight from the cache's layout: XLA's CPU backend has no such bfloat16
     # product.
     return seen if k_BTKH.shape[1] == 1 else jax.lax.optimization_barrier(seen)
 
 
-# What a short row's padding has behind the end of the cache is dropped.
-def _write_keys(keys, k_BTKH, positions_BT):
-    rows_B1 = jnp.arange(len(keys))[:, None]
-    return keys.at[rows_B1, :, positions_BT // KEY_BLOCK, :, positions_BT % KEY_BLOCK].set(k_BTKH, mode="drop")
+def _written(old_BKSH, new_BTKH, positions_BT):
+    """Each device writes its own rows and heads. What a short row's padding has behind the end is dropped."""
 
+    def write(old_BKSH, new_BTKH, positions_BT):
+        rows_B1 = jnp.arange(len(old_BKSH))[:, None]
+        return old_BKSH.at[rows_B1, :, positions_BT].set(new_BTKH, mode="drop")
 
-def _write_values(value_BKSH, v_BTKH, positions_BT):
-    rows_B1 = jnp.arange(len(value_BKSH))[:, None]
-    return value_BKSH.at[rows_B1, :, positions_BT].set(v_BTKH, mode="drop")
-
-
-def _whole_blocks(length: int) -> int:
-    return -(-length // KEY_BLOCK) * KEY_BLOCK
+    sharded = spec("bksh") is not None
+    return (jax.shard_map(write, out_specs=spec("bksh")) if sharded else write)(old_BKSH, new_BTKH, positions_BT)

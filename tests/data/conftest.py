@@ -10,9 +10,13 @@ from jaxllm.data.tokens import prepare
 from jaxllm.text.tokenizer import byte_tokenizer
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def write_jsonl(path, texts):
+    return write_records(path, [{"text": text} for text in texts])
 
 
 def _random_documents(count, *, longest=60, seed=0):
@@ -47,3 +51,46 @@ def prepared(tmp_path):
         return config, prepare(config, byte_tokenizer(), directory=tmp_path / "cache")
 
     return prepared
+
+
+def _random_chats(count, *, longest=30, seed=0):
+    draw = random.Random(seed)
+
+    def said(tail):
+        return "".join(draw.choices("abcdé ▁\n", k=draw.randint(0, longest))) + tail
+
+    return [
+        {
+            "messages": [
+                *({"role": "user", "content": said(f"?{index}")}, {"role": "assistant", "content": said("!")})
+                * draw.randint(1, 2)
+            ],
+            "task": draw.choice(["maths", "prose", "prose", "prose"]),
+            "score": draw.random(),
+        }
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def random_chats():
+    """A function: how many, longest=30, seed=0 -> records of distinct conversations of one or two turns."""
+    return _random_chats
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A function: records by source name, fields of each SourceConfig, fields of DataConfig -> (config, stores)."""
+
+    def chats(sources, source=None, tokenizer=None, **fields):
+        configs = {
+            name: SourceConfig(
+                str(write_records(tmp_path / f"{name}.jsonl", records)), **{"format": "auto", **(source or {})}
+            )
+            for name, records in sources.items()
+        }
+        fields = {"sequence_length": 64, "validation": 0.2, "packing": "best_fit_whole", **fields}
+        config = DataConfig(sources=configs, **fields)
+        return config, prepare(config, tokenizer or byte_tokenizer(), directory=tmp_path / "cache")
+
+    return chats

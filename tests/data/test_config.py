@@ -1,8 +1,9 @@
 import pytest
 
 from jaxllm.data import config as config_module
-from jaxllm.data import packing, tokens
+from jaxllm.data import conversations, examples, packing, selection
 from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.text import chat
 
 ONE = {"a": SourceConfig("a.txt")}
 
@@ -12,7 +13,10 @@ ONE = {"a": SourceConfig("a.txt")}
     [
         ({"sequence_length": 1}, "sequence_length=1 is too short: a row needs at least 2 targets"),
         ({"sources": {}}, "leaves nothing to read"),
-        ({"packing": "dense"}, r"packing='dense' is not one of \('concatenated', 'best_fit', 'best_fit_whole'\)"),
+        (
+            {"packing": "dense"},
+            r"packing='dense' is not one of \('concatenated', 'best_fit', 'best_fit_whole', 'best_fit_truncated'\)",
+        ),
         ({"split": "middle"}, r"split='middle' is not one of \('document', 'tail'\)"),
         ({"validation": 1.0}, "validation=1.0 is a share: 0 or more, and less than 1"),
         ({"validation": -0.1}, "validation=-0.1"),
@@ -48,4 +52,55 @@ def test_sources_may_come_as_mappings_of_their_fields():
 
 def test_each_name_that_a_config_may_hold_is_a_function():
     assert set(config_module.PACKINGS) == set(packing.PLANS)
-    assert set(config_module.SPLITS) == set(tokens._SPLITS)
+    assert set(config_module.SPLITS) == set(examples.SPLITS)
+    assert set(config_module.FORMATS) == {"text", "auto"} | set(conversations.FORMATS)
+    assert set(config_module.TURNS) == set(chat.TURNS)
+    assert set(config_module.SELECTIONS) == {"all"} | set(selection.CHOICES)
+    assert set(config_module.WHOLE) <= set(config_module.PACKINGS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"format": "json"},
+            r"format='json' is not one of \('text', 'auto', 'messages', 'alpaca', 'sharegpt', 'prompt_",
+        ),
+        ({"turns": "first", "format": "auto"}, r"turns='first' is not one of \('all', 'last'\)"),
+        ({"turns": "last"}, "turns='last' and response_only=False of a are of conversations: set format to 'auto'"),
+        ({"response_only": True}, "response_only=True of a are of conversations"),
+        ({"on_error": "ignore"}, r"on_error='ignore' is not one of \('raise', 'skip'\)"),
+        ({"packing": "dense"}, "packing='dense' is not one of"),
+        ({"select": "best"}, r"select='best' is not one of \('all', 'longest'"),
+        ({"select": "longest"}, "keep=0.0 with select='longest' of a: a whole number, or a share below 1"),
+        ({"keep": 3}, "keep=3 with select='all' of a: .*0 with 'all'"),
+        ({"select": "longest", "keep": 1.5}, "keep=1.5 with select='longest'"),
+        ({"select": "longest", "keep": -1}, "keep=-1 with select='longest'"),
+        ({"select": "highest", "keep": 3}, "score_field='' with select='highest' of a: 'highest' and 'lowest' need"),
+        ({"select": "random", "keep": 3, "score_field": "s"}, "score_field='s' with select='random'"),
+        ({"balance": 0.5}, "balance=0.5 with tag='' of a: 0 or more, with a tag"),
+        ({"tag": "t", "balance": -1.0}, "balance=-1.0 with tag='t'"),
+    ],
+)
+def test_an_option_of_a_source_that_makes_no_sense_is_named_with_the_mend(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SourceConfig("a", **fields)
+
+
+@pytest.mark.parametrize("packing", ["concatenated", "best_fit"])
+def test_conversations_are_never_cut_in_the_middle(packing):
+    chats = SourceConfig("a.jsonl", format="auto")
+    with pytest.raises(
+        ValueError, match=f"source 'a' holds conversations, which packing='{packing}' cuts in the middle"
+    ):
+        DataConfig(sources={"a": chats}, packing=packing)
+    own = SourceConfig("a.jsonl", format="auto", packing="best_fit_truncated")
+    config = DataConfig(sources={"a": own, "b": SourceConfig("b.txt")}, packing=packing)
+    assert config.packing_of("a") == "best_fit_truncated" and config.packing_of("b") == packing
+
+
+def test_the_tail_of_conversations_cannot_be_held_out():
+    fields = dict(format="auto", packing="best_fit_whole")
+    with pytest.raises(ValueError, match="source 'a' holds conversations, of which split='tail' holds out none"):
+        DataConfig(sources={"a": SourceConfig("a.jsonl", **fields)}, split="tail")
+    DataConfig(sources={"a": SourceConfig("a.jsonl", validation_path="b.jsonl", **fields)}, split="tail")

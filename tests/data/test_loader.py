@@ -1,12 +1,22 @@
 import collections
 import json
+import pickle
 import time
 
 import numpy as np
 import pytest
 
-from jaxllm.data.loader import StagedMixture, batch_fingerprint, train_batches, validation_batches
+from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.data.loader import (
+    StagedMixture,
+    batch_fingerprint,
+    train_batches,
+    validation_batches,
+    validation_by_source,
+)
 from jaxllm.data.packing import PLANS, Rows
+from jaxllm.text.special_tokens import IDS
+from jaxllm.text.tokenizer import byte_tokenizer, train
 
 SHAPE = dict(batch_size=8, micro_batches=2, pad_id=0)
 
@@ -288,3 +298,172 @@ def test_a_batch_fingerprint_names_its_tokens(one):
     config, stores = one
     first, second = take(train_batches(stores, config, **SHAPE), 2)
     assert batch_fingerprint(first) == batch_fingerprint({**first}) != batch_fingerprint(second)
+
+
+# ---- conversations ----
+
+LONG = dict(sequence_length=300, validation=0.3)
+FORMATS = {
+    "messages": (
+        [
+            {
+                "messages": [
+                    {"role": "system", "content": f"<|assistant|> {i}"},
+                    {"role": "user", "content": "<|end|>?"},
+                    {
+                        "role": "assistant",
+                        "content": "<think>é</think>",
+                        "tool_calls": [{"function": {"name": "f", "arguments": '{"x": "ä"}'}}] * (1 + i % 2),
+                    },
+                    {"role": "tool", "content": "<answer>no</answer>"},
+                    {"role": "assistant", "content": f"answer {i}"},
+                ],
+                "tools": [{"name": "f"}],
+            }
+            for i in range(30)
+        ],
+        lambda i: [
+            "<think>é</think>" + '<|tool_call|>{"name": "f", "arguments": {"x": "ä"}}' * (1 + i % 2) + "<|end|>",
+            f"answer {i}<|end|>",
+        ],
+    ),
+    "alpaca": (
+        [{"instruction": f"q {i}", "input": "x" * (i % 2), "output": f"answer {i}"} for i in range(30)],
+        lambda i: [f"answer {i}<|end|>"],
+    ),
+    "sharegpt": (
+        [
+            {
+                "conversations": [
+                    {"from": "human", "value": f"q {i}"},
+                    {"from": "gpt", "value": "first"},
+                    {"from": "human", "value": "more"},
+                    {"from": "gpt", "value": f"answer {i}"},
+                ]
+            }
+            for i in range(30)
+        ],
+        lambda i: ["first<|end|>", f"answer {i}<|end|>"],
+    ),
+    "prompt_response": (
+        [{"question": f"q {i}", "answer": f"answer {i}"} for i in range(30)],
+        lambda i: [f"answer {i}<|end|>"],
+    ),
+}
+
+
+def supervised_runs(batches, tokenizer):
+    """The text of each run of targets under the mask, by a plain loop over the batches; a run never joins segments."""
+    found = []
+    for batch in batches:
+        rows = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("targets_BT", "mask_BT", "segments_BT"))
+        for row in zip(*rows, strict=True):
+            run, before = [], 0
+            for target, supervised, segment in zip(*(values.tolist() for values in row), strict=True):
+                if run and (not supervised or segment != before):
+                    found.append(tokenizer.decode(run))
+                    run = []
+                run += [target] * supervised
+                before = segment
+            found += [tokenizer.decode(run)] * bool(run)
+    return found
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+@pytest.mark.parametrize("format", list(FORMATS))
+def test_the_mask_of_real_batches_is_the_assistants_text_and_its_end(chats, format, turns):
+    records, answers = FORMATS[format]
+    tokenizer = train(["answer first more q"] * 9, vocab_size=310) if turns == "last" else byte_tokenizer()
+    config, stores = chats({"a": records}, {"turns": turns}, tokenizer, **LONG)
+    batches = train_batches(stores, config, batch_size=1, micro_batches=1, pad_id=0)
+    trained = supervised_runs(take(batches, batches.reports["a"]["rows"]), tokenizer)
+    held_out = supervised_runs(validation_batches(stores, config, **SHAPE), tokenizer)
+    spoken = [run for i in range(30) for run in answers(i)[0 if turns == "all" else -1 :]]
+    assert sorted(trained + held_out) == sorted(spoken)
+    last = {answers(i)[-1] for i in range(30)}
+    assert len(last & set(trained)) + len(last & set(held_out)) == 30 and len(last & set(held_out)) > 2
+
+
+def test_response_tuning_trains_on_answers_alone_and_validates_on_whole_conversations(chats):
+    records, _ = FORMATS["alpaca"]
+    config, stores = chats({"a": records}, {"response_only": True}, **LONG)
+    trained = take(train_batches(stores, config, **SHAPE), 3)
+    held_out = validation_batches(stores, config, **SHAPE)
+    users = [sum((batch["tokens_BT"] == IDS["<|user|>"]).sum() for batch in side) for side in (trained, held_out)]
+    assert users[0] == 0 < users[1]
+    assert set(supervised_runs(trained, byte_tokenizer())) <= {f"answer {i}<|end|>" for i in range(30)}
+
+
+def test_conversations_and_texts_mix_and_each_keeps_its_packing_and_its_mask(prepared, chats, texts, random_chats):
+    """Replay, against forgetting: half of the rows are text, of which every target counts."""
+    replay, replayed = prepared({"replay": texts}, sequence_length=64)
+    chatting, stores = chats({"chat": random_chats(60)})
+    own = SourceConfig(chatting.sources["chat"].path, format="messages", packing="best_fit_whole")
+    config = DataConfig(sources={"replay": replay.sources["replay"], "chat": own}, sequence_length=64, validation=0.2)
+    both = replayed | stores
+    batches = train_batches(both, config, **SHAPE)
+    rows = {name: array.reshape(8, 64) for name, array in next(batches).items()}
+    is_text = ~(rows["tokens_BT"] == IDS["<|user|>"]).any(-1)
+    assert is_text.sum() == 4
+    assert np.array_equal(rows["mask_BT"][is_text], rows["segments_BT"][is_text] > 0)
+    assert (rows["mask_BT"][~is_text].sum(-1) < (rows["segments_BT"][~is_text] > 0).sum(-1)).all()
+    assert batches.reports["replay"]["supervised_fraction"] == 1.0 > batches.reports["chat"]["supervised_fraction"]
+    each, every = validation_by_source(both, config, **SHAPE), validation_batches(both, config, **SHAPE)
+    assert list(each) == ["replay", "chat"]
+    assert sum(one.num_targets for one in each.values()) == every.num_targets
+    for one in [*each.values(), every]:
+        assert sum(batch["mask_BT"].sum() for batch in one) == one.num_targets
+    held_out = replayed["replay"].validation
+    assert each["replay"].num_targets == held_out.num_tokens - held_out.num_documents
+    assert each["chat"].reports["chat"] == every.reports["chat"]
+
+
+def test_a_source_that_holds_nothing_out_has_no_validation_of_its_own(prepared, texts):
+    config, stores = prepared({"a": texts}, validation=0.0)
+    assert validation_by_source(stores, config, **SHAPE) == {}
+
+
+def test_conversations_that_all_are_too_long_are_refused_on_both_sides(chats):
+    config, stores = chats({"a": [{"prompt": f"{i}" + "p" * 99, "response": "r"} for i in range(20)]})
+    for batches in (train_batches, validation_batches):
+        with pytest.raises(
+            ValueError, match="source 'a' has no row: packing='best_fit_whole' .*; raise sequence_length"
+        ):
+            batches(stores, config, **SHAPE)
+
+
+@pytest.mark.parametrize(("balance", "expected"), [(1.0, 0.15), (0.5, 0.296), (0.0, 0.5)])
+def test_the_balance_of_tasks_decides_their_share(chats, balance, expected):
+    """30 rows of one task and 170 of the other: shares as 30, sqrt 30, or 1 to 170, sqrt 170, or 1."""
+    records = [{"prompt": "m" * 20, "response": "m" * 20, "task": "maths"}] * 30
+    records += [{"prompt": "p" * 20, "response": "p" * 20, "task": "prose"}] * 170
+    config, stores = chats({"a": records}, {"tag": "task", "balance": balance}, validation=0.0, sequence_length=44)
+    batches = train_batches(stores, config, **SHAPE)
+    (m,) = byte_tokenizer().encode("m")
+    found = np.mean([(batch["tokens_BT"] == m).any(-1) for batch in take(batches, 100)])
+    assert found == pytest.approx(expected, abs=0.01)
+    assert list(batches.reports) == (["a"] if balance == 1 else ["a/maths", "a/prose"])
+
+
+def test_a_task_without_rows_is_left_out_of_the_balance(chats):
+    records = [{"prompt": "a", "response": "b", "task": "short"}] * 9
+    records += [{"prompt": "a" * 99, "response": "b", "task": "long"}] * 9
+    config, stores = chats({"a": records}, {"tag": "task", "balance": 0.0}, validation=0.0)
+    assert list(train_batches(stores, config, **SHAPE).reports) == ["a/short"]
+
+
+def test_the_fingerprint_follows_the_packing_and_the_balance_of_a_source(chats, random_chats):
+    records, found = random_chats(40), set()
+    for options in ({}, {"packing": "best_fit_truncated"}, {"tag": "task"}, {"tag": "task", "balance": 0.5}):
+        config, stores = chats({"a": records}, options)
+        found.add(train_batches(stores, config, **SHAPE).fingerprint)
+    assert len(found) == 4
+
+
+def test_rows_of_conversations_go_to_another_process_by_their_place(chats, random_chats):
+    store = chats({"a": random_chats(400)})[1]["a"].train
+    rows = Rows(store, PLANS["best_fit_whole"](store.offsets[:2], 300), length=300, pad_id=0)
+    assert rows[0]["mask_BT"].any() and rows.report["rows"] == 1
+    copy = pickle.dumps(rows)
+    assert len(copy) < 2000 < store.num_tokens
+    assert np.array_equal(pickle.loads(copy)[0]["mask_BT"], rows[0]["mask_BT"])

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from jaxllm.data.sources import DocumentSource
+from jaxllm.text.chat import Malformed
 
 zstandard = pytest.importorskip("zstandard")
 pyarrow = pytest.importorskip("pyarrow")
@@ -30,11 +31,12 @@ def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
 
 def test_every_kind_of_records_gives_the_same_texts(tmp_path):
     written(tmp_path / "a.jsonl", LINES + b"\n  \n")
+    written(tmp_path / "a.json", b" [" + LINES.strip().replace(b"\n", b"\n,\n") + b"\n] \n")
     written(tmp_path / "a.jsonl.gz", gzip.compress(LINES))
     frames = zstandard.ZstdCompressor().compress(LINES[:40]) + zstandard.ZstdCompressor().compress(LINES[40:])
     written(tmp_path / "a.jsonl.zst", frames)
     parquet.write_table(pyarrow.table({"id": range(4), "text": TEXTS}), tmp_path / "a.parquet")
-    for suffix in ("jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
+    for suffix in ("json", "jsonl", "jsonl.gz", "jsonl.zst", "parquet"):
         assert read(tmp_path / f"a.{suffix}") == TEXTS, suffix
 
 
@@ -88,16 +90,26 @@ def test_the_fingerprint_is_of_content_order_and_field_not_of_place(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a.jsonl, line 2: invalid UTF-8, byte 0xe9"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"a.jsonl, line 3: not JSON \(.*\); mend or remove the line"),
         ("a.jsonl", b'{"body": "a"}\n', r"a.jsonl, line 1: no field 'text' in \['body'\]; set field to the one that"),
-        ("a.jsonl", b'"text"\n', r"a.jsonl, line 1: str is not an object with a field 'text'"),
+        ("a.jsonl", b'"text"\n', r"a.jsonl, line 1: str is not an object with named fields"),
         ("a.jsonl", b'{"text": 5}\n', r"a.jsonl, line 1: field 'text' holds int 5, not text"),
         ("a.jsonl", b'{"text": null}\n', r"a.jsonl, line 1: field 'text' holds NoneType None"),
         ("a.jsonl", b'{"text": "a\\ud800"}\n', r"a.jsonl, line 1: lone surrogate at character 1 of 'text'"),
+        ("a.json", b"", r"a.json is empty"),
+        ("a.json", b"[ ]", r"a.json is empty"),
+        ("a.json", b'[{"text": "a"},\n\n {"text": "b"},\n {"text": 1}]', r"a.json, line 4: field 'text' holds int 1"),
+        ("a.json", b'[\n{\n"text": "a"\n},\n{\n"text": 1\n}]', r"a.json, line 5: field 'text' holds int 1"),
+        ("a.json", b'[{"text": "a"},\n 5]', r"a.json, line 2: int is not an object with named fields"),
+        ("a.json", b'[{"text": "a"},\n\n{"text": "b"', r"a.json, line 3: not JSON \(Expecting ',' delimiter\); mend"),
+        ("a.json", b'[{"text": "a"}\n{"text": "b"}]', r"a.json, line 1: not JSON \(Expecting ',' or '\]'\); mend"),
+        ("a.json", b'[{"text": "a"}]\n]', r"a.json, line 2: not JSON \(Extra data\)"),
+        ("a.json", b'{"text": "a"}', r"a.json, line 1: not JSON \(Expecting an array of objects: '\['\)"),
+        ("a.json", b'[\n{"text": "\xe9"}]', r"a.json, line 2: invalid UTF-8, byte 0xe9"),
         ("a.jsonl.gz", gzip.compress(LINES)[:-9], r"a.jsonl.gz is damaged or cut short .*: fetch it again"),
         ("a.jsonl.gz", b"plain", r"a.jsonl.gz is damaged or cut short"),
         ("a.jsonl.zst", zstandard.ZstdCompressor().compress(LINES)[:-9], r"a.jsonl.zst is damaged or cut short"),
         ("a.jsonl.zst", b"plain text", r"a.jsonl.zst is damaged or cut short"),
         ("a.parquet", b"PAR1 and no more", r"a.parquet is damaged or cut short .*: fetch it again"),
-        ("a.md", b"text", r"a.md is of no kind that can be read: .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
+        ("a.md", b"text", r"a.md is of no kind that can be read: .txt, .json, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"),
     ],
     ids=lambda value: "" if isinstance(value, bytes) else None,
 )
@@ -121,7 +133,7 @@ def test_a_path_without_files_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing.txt does not exist: give a file, a folder, a glob"):
         read(tmp_path / "missing.txt")
     for path in (tmp_path, f"{tmp_path}/*.txt"):
-        with pytest.raises(FileNotFoundError, match=r"matches no file of a kind that can be read: .txt, .jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"matches no file of a kind that can be read: .txt, .json, .jsonl"):
             read(path)
 
 
@@ -143,3 +155,22 @@ def test_the_embedded_source_is_the_embedded_corpus(monkeypatch, tmp_path):
     fingerprint = source.fingerprint
     path.write_bytes(b"13")
     assert DocumentSource("embedded").fingerprint != fingerprint
+
+
+def test_records_come_whole_with_their_place_and_raise_only_when_they_are_parsed(tmp_path):
+    path = written(tmp_path / "a.jsonl", b'{"a": 1, "b": [2]}\n\n{\n[]\n{"a": 3}\n')
+    records = list(DocumentSource(str(path)).records())
+    assert [record.where for record in records] == [f"{path}, line {line}" for line in (1, 3, 4, 5)]
+    assert records[0].parsed(dict.copy) == {"a": 1, "b": [2]} and records[3].parsed(len) == 1
+    for record, reason in ((records[1], "not_json"), (records[2], "not_an_object")):
+        with pytest.raises(Malformed, match=f"{record.where}: ") as error:
+            record.parsed(dict.copy)
+        assert error.value.reason == reason
+
+
+def test_a_parquet_file_gives_the_columns_that_are_asked_for_or_all(tmp_path):
+    turns = [{"role": "user", "content": "a", "tool_calls": None}]
+    parquet.write_table(pyarrow.table({"id": [1], "messages": [turns]}), tmp_path / "a.parquet")
+    source = DocumentSource(str(tmp_path))
+    assert [record.value for record in source.records()] == [{"id": 1, "messages": turns}]
+    assert [record.value for record in source.records(("id",))] == [{"id": 1}]

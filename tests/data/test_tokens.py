@@ -1,6 +1,9 @@
+import collections
+import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import subprocess
@@ -12,7 +15,9 @@ import pytest
 
 from jaxllm.data import tokens as tokens_module
 from jaxllm.data.config import DataConfig, SourceConfig
+from jaxllm.data.sources import DocumentSource
 from jaxllm.data.tokens import open_store, prepare, training_texts
+from jaxllm.text import chat
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID
 from jaxllm.text.tokenizer import byte_tokenizer, train
 
@@ -258,3 +263,101 @@ def test_nothing_is_printed_where_stderr_is_no_terminal(prepared, texts, capfd):
     prepared({"a": texts})
     time.sleep(0.2)
     assert capfd.readouterr() == ("", "")
+
+
+# ---- conversations ----
+
+
+def rendered_of(records, **options):
+    """What the template makes of each record, in an order of their own."""
+    conversations = [chat.Conversation(tuple(record["messages"])) for record in records]
+    return sorted(
+        (rendered.tokens.tolist(), rendered.supervised.tolist())
+        for rendered in chat.render(conversations, TOKENIZER, **options)
+    )
+
+
+def stored_of(*stores):
+    return sorted(
+        (store.tokens[a:b].tolist(), store.supervised[a:b].tolist())
+        for store in stores
+        for a, b in zip(store.offsets, store.offsets[1:], strict=False)
+    )
+
+
+def test_a_store_of_conversations_holds_their_ids_and_masks(chats, random_chats):
+    records = random_chats(50)
+    for turns in ("all", "last"):
+        _, stores = chats({"a": records}, {"turns": turns})
+        assert stored_of(*stores["a"]) == rendered_of(records, turns=turns)
+        for store in stores["a"]:
+            assert store.chat and store.supervised.dtype == bool
+            assert store.num_bytes == TOKENIZER.byte_lengths_V[store.tokens[store.supervised]].sum()
+            assert store.report["format"] == "messages" and store.num_documents > 3
+
+
+def test_a_store_of_texts_has_no_mask_and_the_fingerprint_that_it_always_had(prepared, texts):
+    _, stores = prepared({"a": texts})
+    store = stores["a"].train
+    assert not store.chat and store.supervised is None and not (store.directory / "supervised.bin").exists()
+    content = [1, DocumentSource(str(store.directory.parents[2] / "a.jsonl")).fingerprint, TOKENIZER.fingerprint]
+    whole = hashlib.sha256(json.dumps([*content, "document", 0.2]).encode()).hexdigest()
+    assert store.fingerprint == hashlib.sha256(f"{whole} train".encode()).hexdigest()
+
+
+def test_every_option_that_decides_the_tokens_and_the_template_is_another_cache(chats, random_chats, monkeypatch):
+    records, found = random_chats(50), []
+    for options in (
+        {}, {"format": "messages"}, {"packing": "best_fit_truncated"}, {"turns": "last"}, {"response_only": True},
+        {"on_error": "skip"}, {"tag": "task"}, {"tag": "task", "balance": 0.5}, {"select": "longest", "keep": 5},
+        {"select": "longest", "keep": 6}, {"select": "highest", "keep": 5, "score_field": "score"},
+        {"select": "random", "keep": 5}, {"select": "random", "keep": 5, "select_seed": 1},
+    ):  # fmt: skip
+        found.append(chats({"a": records}, options)[1]["a"].train.fingerprint)
+    assert found[0] == found[1] == found[2] and found[6] == found[7]
+    monkeypatch.setattr(chat, "JINJA", "another")
+    found.append(chats({"a": records})[1]["a"].train.fingerprint)
+    assert len(set(found)) == len(found) - 3
+
+
+def test_what_is_skipped_or_not_selected_is_counted_and_the_held_out_side_stays(chats, random_chats):
+    records = random_chats(50)
+    _, whole = chats({"a": records})
+    everything = [stored_of(store) for store in whole["a"]]
+    _, stores = chats({"a": [*records, {"messages": []}]}, {"on_error": "skip", "select": "longest", "keep": 7})
+    train, held_out = stores["a"]
+    assert stored_of(held_out) == everything[1]
+    assert train.num_documents == 7 and train.report["dropped_no_answer"] == 1
+    assert train.report["dropped_not_selected"] + 7 == len(everything[0])
+    assert all(document in everything[0] for document in stored_of(train))
+
+
+def test_tasks_lie_one_after_the_other_and_are_counted(chats, random_chats):
+    records = random_chats(80)
+    _, stores = chats({"a": records}, {"tag": "task"}, validation=0.0)
+    store = stores["a"].train
+    expected = collections.Counter(record["task"] for record in records)
+    assert store.tasks == store.report["tasks"] == dict(sorted(expected.items()))
+    parts = store.offsets_of_tasks
+    assert list(parts) == ["maths", "prose"] and sum(len(part) - 1 for part in parts.values()) == 80
+    for task, part in parts.items():
+        found = sorted(store.tokens[a:b].tolist() for a, b in zip(part, part[1:], strict=False))
+        assert found == [tokens for tokens, _ in rendered_of([r for r in records if r["task"] == task])]
+    _, untagged = chats({"a": records}, validation=0.0)
+    assert list(untagged["a"].train.offsets_of_tasks) == [""] and untagged["a"].train.tasks == {}
+
+
+def test_a_mask_cut_short_is_refused(chats, random_chats):
+    store = chats({"a": random_chats(50)})[1]["a"].train
+    os.truncate(store.directory / "supervised.bin", 10)
+    with pytest.raises(ValueError, match="supervised.bin has 10 bytes, not .*: delete it"):
+        open_store(store.directory)
+
+
+def test_a_tokenizer_may_learn_from_what_conversations_say(chats, random_chats):
+    config, stores = chats({"a": random_chats(40)}, {"select": "longest", "keep": 9})
+    found = list(training_texts(config))
+    assert len(found) == 9
+    spelled = [TOKENIZER.decode(tokens) for tokens, _ in stored_of(stores["a"].train)]
+    said = [re.sub(r"<\|\w+\|>", "", text) for text in spelled]
+    assert sorted(text.replace("\n", "") for text in found) == sorted(text.replace("\n", "") for text in said)

@@ -131,7 +131,7 @@ def programs(config, mesh_shape, mesh, **loop_changes):
     values.loop.update(dict(batch_size=B, micro_batches=2) | loop_changes)
     model = build(config)
     stage = Stage(
-        model=model, tokenizer=None, batches=None, validation=None, report={},
+        model=model, tokenizer=None, batches=None, validation=None, report={}, prompt=None,
         prepare=lambda batch: batch | {"weight_BT": token_weights(batch["mask_BT"])},
         objective=next_token(model, ObjectiveConfig(0.0)),
     )  # fmt: skip

@@ -1,0 +1,30 @@
+"""Prompts with the answers that the data give, out of a store of conversations: what to ask a model."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxllm.data.tokens import TokenStore
+
+
+class Prompt(NamedTuple):
+    """prompt_ids: int32, up to where the last answer begins. reference_ids: that answer, its end included."""
+
+    prompt_ids: np.ndarray
+    reference_ids: np.ndarray
+
+
+def prompts(store: TokenStore) -> list[Prompt]:
+    """One for each conversation of the store, in its order. Raises ValueError for a store of texts."""
+    if store.supervised is None:
+        raise ValueError(f"{store.directory} holds texts, which ask nothing: take a source of conversations")
+    return [_prompt(store, start, stop) for start, stop in zip(store.offsets, store.offsets[1:], strict=False)]
+
+
+def _prompt(store: TokenStore, start: int, stop: int) -> Prompt:
+    """The last run of supervised tokens is the answer: the role that every turn begins with is not supervised."""
+    marks = store.supervised[start:stop]
+    end = int(np.flatnonzero(marks)[-1]) + 1
+    begin = int(np.flatnonzero(~marks[:end])[-1]) + 1
+    tokens = store.tokens[start:stop].astype(np.int32)
+    return Prompt(tokens[:begin], tokens[begin:end])

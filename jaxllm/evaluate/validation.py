@@ -1,0 +1,55 @@
+"""The row of numbers that a validation during training writes: of all held-out data, of each source, of answers."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxllm.evaluate.perplexity import likelihood, num_target_bytes
+from jaxllm.metrics import Ratio
+from jaxllm.tree import Tree
+
+Row = dict[str, float]
+
+
+def validation(
+    evaluate: Callable,
+    params: Tree,
+    sources: Mapping[str, Callable[[], Iterable]],
+    byte_lengths_V: np.ndarray,
+    **frozen: Tree,
+) -> Row:
+    """Likelihood under ``params`` and the objective's other metrics, of all sources together and of each if several.
+
+    ``evaluate`` is what ``evaluator`` returned; a source is a function that returns its batches anew. Names begin with
+    ``validation_`` and end with the source's name after a slash, where they are of one alone.
+    """
+    found = {name: evaluate(params, batches(), **frozen) for name, batches in sources.items()}
+    num_bytes = {
+        name: _over_processes(sum(num_target_bytes(batch, byte_lengths_V) for batch in batches()))
+        for name, batches in sources.items()
+    }
+    together = jax.tree.map(lambda *parts: sum(parts), *found.values())
+    row = _row(together, sum(num_bytes.values()), "")
+    if len(found) > 1:
+        for name, measured in found.items():
+            row |= _row(measured, num_bytes[name], f"/{name}")
+    return row
+
+
+def _row(measured: dict[str, Ratio], num_bytes: int, ending: str) -> Row:
+    nll, others = measured["nll"], {name: ratio for name, ratio in measured.items() if name != "nll"}
+    text = likelihood(nll, num_bytes)
+    row = {
+        "validation_loss": text["nats_per_token"],
+        "validation_perplexity": text["perplexity"],
+        "validation_bits_per_byte": text["bits_per_byte"],
+        **{f"validation_{name}": ratio.total / ratio.count for name, ratio in others.items()},
+    }
+    return {f"{name}{ending}": value for name, value in row.items()}
+
+
+def _over_processes(count: int) -> int:
+    """The sum of every process's ``count``."""
+    return int(np.sum(multihost_utils.process_allgather(np.uint32(count)), dtype=np.uint64))

@@ -1,0 +1,143 @@
+"""Whole runs of the stages that start from another run: what they write, and that they go on bit for bit."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from jaxllm import checkpoint, figures, hardware, loop, metrics
+
+TIMES = {"compile_seconds", "seconds", "tokens_per_second", "mfu"}  # these alone may differ between two runs
+SIZES = dict(num_layers=1, width=16, mlp_width=16, num_heads=4, num_kv_heads=2, head_width=8, operand_dtype="float32")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Runs neither measure the machine nor draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "peak_flops", lambda dtype: (1e12, "stated"))
+        patch.setattr(figures, "curves", lambda rows, path: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Texts to pretrain on, and questions whose answers are one word that the texts never have."""
+    place = tmp_path_factory.mktemp("sources")
+    texts = [{"text": f"{a} plus {b} is {a + b}. " * 3} for a in range(8) for b in range(8)]
+    chats = [{"prompt": f"Say {a} plus {b}", "response": "zzz"} for a in range(8) for b in range(8)]
+    for name, records in (("text", texts), ("chat", chats)):
+        (place / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
+    return place
+
+
+def config_of(sources, stage, **changes):
+    config = common.get_config()
+    config.model, config.tokenizer.kind, config.stage = common.llama(**SIZES), "bytes", stage
+    config.data.sources = {"text": common.source(str(sources / "text.json"))}
+    if stage != "pretrain":
+        chat = common.source(str(sources / "chat.json"), format="auto", packing="best_fit_whole", weights=(3.0,))
+        config.data.sources.chat = chat
+    config.data.update(dict(validation=0.2, sequence_length=64))
+    config.optimizer.update(dict(warmup=1, learning_rate=2e-2))
+    config.loop.update(
+        dict(steps=8, batch_size=8, micro_batches=1, log_every=2, save_every=4, sample_prompts=("Say 1",))
+    )
+    config.loop.update(dict(evaluate_every=4, sample_every=8, sample_tokens=6))
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config.to_dict()
+
+
+def train(values, directory, *, stop_at=0):
+    """Runs the loop; SIGTERM arrives where step ``stop_at`` has just been dispatched."""
+
+    class Stopping(loop.Log):
+        def add(self, step, batch, measured):
+            super().add(step, batch, measured)
+            if step == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Log", Stopping)
+        try:
+            loop.run(values, directory)
+        except loop.Preempted:
+            assert stop_at
+    return directory
+
+
+def rows(directory, name="metrics.jsonl"):
+    return [{key: row[key] for key in row.keys() - TIMES} for row in metrics.read(directory / name)]
+
+
+def params(directory):
+    return checkpoint.restore_params(directory / "checkpoints")
+
+
+def assert_same_run(one, other):
+    for name in ("metrics.jsonl", "answers.jsonl", "samples.jsonl"):
+        assert rows(one, name) == rows(other, name), name
+    same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), params(one), params(other))
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.fixture(scope="module")
+def pretrained(sources, tmp_path_factory):
+    return train(config_of(sources, "pretrain"), tmp_path_factory.mktemp("runs") / "pretrain")
+
+
+@pytest.fixture(scope="module")
+def fine_tuning(sources, pretrained):
+    """The config of a fine-tuning with everything on that has a state or is random."""
+    how = dict(start=str(pretrained), objective__neftune_alpha=5.0, model__dropout=0.1, model__width=99)
+    return config_of(sources, "sft", **how, loop__evaluate_first=True, loop__evaluate_answers=6)
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(fine_tuning, tmp_path_factory):
+    return train(fine_tuning, tmp_path_factory.mktemp("runs") / "sft")
+
+
+def test_fine_tuning_starts_from_what_the_other_run_ended_with(pretrained, fine_tuned):
+    before, first = rows(pretrained)[-1], rows(fine_tuned)[0]
+    assert first["step"] == 0
+    assert first["validation_loss/text"] == pytest.approx(before["validation_loss"], rel=1e-5)
+    assert json.loads((fine_tuned / "config.json").read_text())["model"]["width"] == SIZES["width"]
+
+
+def test_fine_tuning_teaches_the_answers_and_writes_how_they_come_nearer(fine_tuned):
+    measured = [row for row in rows(fine_tuned) if "validation_loss" in row]
+    assert [row["step"] for row in measured] == [0, 4, 8]
+    assert measured[-1]["validation_loss/chat"] < measured[0]["validation_loss/chat"] - 1.5
+    answers = rows(fine_tuned, "answers.jsonl")
+    assert [row["step"] for row in answers] == [0] * 6 + [4] * 6 + [8] * 6
+    for row in measured:
+        own = [answer for answer in answers if answer["step"] == row["step"]]
+        assert row["validation_rouge_l"] == pytest.approx(np.mean([answer["rouge_l"] for answer in own]))
+    assert answers[0]["prompt"].startswith("<|bos|><|user|>Say ") and answers[0]["reference"] == "zzz"
+
+
+def test_a_fine_tuning_that_was_stopped_goes_on_bit_for_bit(fine_tuning, fine_tuned, tmp_path):
+    train(fine_tuning, tmp_path / "run", stop_at=3)
+    assert_same_run(train(fine_tuning, tmp_path / "run"), fine_tuned)
+
+
+def test_a_student_that_samples_half_of_its_batches_goes_on_bit_for_bit(sources, pretrained, tmp_path):
+    values = config_of(sources, "distill", teacher=str(pretrained), objective__student_fraction=0.5, model__width=8)
+    values["loop"] |= dict(evaluate_answers=4)
+    straight = train(values, tmp_path / "straight")
+    train(values, tmp_path / "run", stop_at=5)
+    assert_same_run(train(values, tmp_path / "run"), straight)
+    learned = [row["validation_jsd"] for row in rows(straight) if "validation_jsd" in row]
+    assert learned[-1] < learned[0]
+    teacher = jax.tree.map(np.asarray, params(pretrained))
+    assert not jax.tree.map(np.shape, params(straight)) == jax.tree.map(np.shape, teacher)
+
+
+def test_a_request_to_start_elsewhere_is_another_config(fine_tuning, fine_tuned, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run in .*nowhere"):
+        loop.run(fine_tuning | {"start": str(tmp_path / "nowhere")}, fine_tuned)
