@@ -61,6 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.objective.temperature = 1.0  # divides the logits of student and teacher before they are compared
     config.objective.hard_weight = 0.5  # share of the cross-entropy with the data; 0 learns from the teacher alone
     config.objective.student_fraction = 0.0  # of a distillation's steps, on answers that the student itself samples
+    config.objective.top_k = 0  # likeliest tokens that a teacher's distribution is cut to, the others one; 0 keeps all
+    config.objective.store_teacher = False  # ask the teacher once, before training; its top_k lie beside the tokens
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.replica = 1  # whole copies of the parameters
@@ -81,7 +83,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.loop.sample_tokens = 48  # new tokens per sample and answer, at most
     config.loop.save_every = 100  # steps between checkpoints; the last step always saves
     config.loop.keep_last = 2  # checkpoints
-    config.loop.keep_best = 1  # further checkpoints with the lowest validation loss
+    config.loop.keep_best = 1  # further checkpoints with the lowest best_metric
+    config.loop.best_metric = "validation_loss"  # of a validation; "validation_loss/NAME" is a single source's
     config.loop.tensorboard = False  # write TensorBoard events too
     return config
 

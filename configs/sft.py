@@ -25,4 +25,5 @@ def get_config(arg: str = ""):
     config.data.validation = 0.1
     config.objective.neftune_alpha = 5.0
     config.loop.update(evaluate_first=True, evaluate_answers=64, sample_prompts=("What is the capital of France?",))
+    config.loop.best_metric = "validation_loss/chat"
     return config

@@ -33,6 +33,7 @@ from jaxllm.generate import generate  # noqa: E402
 from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_entropy, token_logprobs  # noqa: E402
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
 from jaxllm.stages import STAGES, RunConfig, Stage, run_config  # noqa: E402
+from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
 ONLY = flags.DEFINE_list("only", [], "sections to run, of those that the table of all of them has; all unless told")
@@ -129,7 +130,7 @@ def train(bench: Bench) -> dict:
     whole = {name: jnp.asarray(x.reshape(-1, x.shape[-1])) for name, x in batch.items()}
     programs = {"reference": reference_step(bench, whole)}
     for operands in dict.fromkeys((bench.config.model.operand_dtype, "float32")):
-        programs[operands] = loop_step(bench, batch, operand_dtype=operands)
+        programs[operands] = loop_step(*staged(bench, operand_dtype=operands), batch)
     losses = {name: float(run()[1]["loss"]) for name, (run, _) in programs.items()}
     if not max(losses.values()) - min(losses.values()) < 1e-2:
         raise ValueError(
@@ -147,6 +148,39 @@ def train(bench: Bench) -> dict:
         found[f"{title}, MFU of the {operands} peak"] = spread(flops / rounds[name] / rounds[f"peak {operands}"])
         found[f"{title}, times the reference"] = spread(rounds["reference"] / rounds[name])
         found[f"{title}, compile s"] = compile_seconds
+    return found
+
+
+def fine_tuning(bench: Bench, *, conversations: int = 2000) -> dict:
+    """Updates on packed conversations, without and with NEFTune's noise, against updates on texts of the same shape."""
+    batch, path = next(bench.stage.batches), bench.directory / "chat.json"
+    draw, tokens = np.random.default_rng(0), batch["tokens_BT"].ravel()
+    pieces = [tokens[start:][:length] for start, length in draw.integers([0, 8], [len(tokens), 80], (conversations, 2))]
+    texts = [bench.stage.tokenizer.decode(piece[piece >= NUM_SPECIAL_TOKENS]) or "." for piece in pieces]
+    chats = [{"prompt": question, "response": answer} for question, answer in zip(texts[::2], texts[1::2], strict=True)]
+    path.write_text(json.dumps(chats), encoding="utf-8")
+    values = dict(
+        bench.values, stage="sft", tokenizer=bench.values["tokenizer"] | {"path": str(bench.directory / "tokenizer")}
+    )
+    source = next(iter(values["data"]["sources"].values())) | {
+        "path": str(path),
+        "format": "auto",
+        "packing": "best_fit_whole",
+    }
+    values["data"] = values["data"] | {"sources": {"chat": source}}
+    programs = {"texts": loop_step(bench.config, bench.stage, batch)}
+    for name, alpha in (("conversations", 0.0), ("conversations, with noise", 5.0)):
+        config = run_config(values | {"objective": values["objective"] | {"neftune_alpha": alpha}})
+        stage = STAGES["sft"](config, bench.directory / "sft")
+        chat_batch = next(stage.batches)
+        programs[name] = loop_step(config, stage, chat_batch)
+    rounds = turns({name: partial(seconds, run) for name, (run, _) in programs.items()}, bench.seconds)
+    counts = {"tokens": chat_batch["segments_BT"], "supervised tokens": chat_batch["mask_BT"]}
+    found = {"pad fraction": 1 - np.count_nonzero(chat_batch["segments_BT"]) / chat_batch["segments_BT"].size}
+    for name in programs:
+        of = counts if name != "texts" else {"tokens": batch["segments_BT"]}
+        found |= {f"{name}, {what}/s": spread(np.count_nonzero(x) / rounds[name]) for what, x in of.items()}
+        found[f"{name}, times the time of texts"] = spread(rounds[name] / rounds["texts"])
     return found
 
 
@@ -294,7 +328,9 @@ def embedding(bench: Bench, *, V: int = 32_000, T: int = 2048) -> dict:
     return {f"{T} ids of {V}, forward and backward ms": spread(rounds["embedding"] * 1e3)}
 
 
-SECTIONS = {section.__name__: section for section in (train, decode, loss, loader, overhead, cache, embedding)}
+SECTIONS = {
+    section.__name__: section for section in (train, fine_tuning, decode, loss, loader, overhead, cache, embedding)
+}
 
 
 # ---- measuring ----
@@ -306,9 +342,8 @@ def staged(bench: Bench, **model) -> tuple[RunConfig, Stage]:
     return config, STAGES[config.stage](config, bench.directory)
 
 
-def loop_step(bench: Bench, batch, *, operand_dtype: str) -> tuple[Callable, float]:
+def loop_step(config: RunConfig, stage: Stage, batch) -> tuple[Callable, float]:
     """(the loop's own step of this batch on its own mesh, seconds to compile it)."""
-    config, stage = staged(bench, operand_dtype=operand_dtype)
     with jax.set_mesh(mesh := sharding.mesh(config.mesh)):
         programs = loop.compile_programs(config, stage, mesh)
         return compiled(

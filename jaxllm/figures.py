@@ -86,8 +86,7 @@ def comparison(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path
 
 
 def aligned(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """(steps, values of the metric as [runs, steps]). Raises ``ValueError`` where the runs have it at different steps.
-    """
+    """(steps, values of the metric as [runs, steps]); ``ValueError`` where the runs have it at different steps."""
     found = [{row["step"]: row[name] for row in rows if name in row} for rows in runs]
     steps = sorted(found[0])
     if not steps or any(sorted(each) != steps for each in found):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 
 from jaxllm import checkpoint, figures, hardware, metrics, sharding, tree, workdir
+from jaxllm.configure import nearest
 from jaxllm.evaluate.answers import answers, compared, scores
 from jaxllm.evaluate.continuations import continuations
 from jaxllm.evaluate.perplexity import evaluator
@@ -79,7 +80,7 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
             directory = workdir.open(directory, values, accept_changes=accept_changes)
             stage = STAGES[config.stage](config, directory)
         stack.callback(stage.batches.close)
-        keep = dict(keep_last=config.loop.keep_last, keep_best=config.loop.keep_best, best_metric="validation_loss")
+        keep = {key: getattr(config.loop, key) for key in ("keep_last", "keep_best", "best_metric")}
         checkpoints = stack.enter_context(checkpoint.open(directory / "checkpoints", **keep))
         place = partial(sharding.global_batch, on=mesh)
         run = Run(
@@ -226,6 +227,8 @@ def _validation(run: Run, state: TrainState) -> dict[str, float]:
         row |= {f"average_{name}": value for name, value in measure(params=kept.average, **run.frozen).items()}
     if run.config.loop.evaluate_answers:
         row |= _answered(run, state)
+    if (best := run.config.loop.best_metric) not in row:
+        raise ValueError(f"loop.best_metric={best!r} is no metric of a validation{nearest(best, row)}")
     return row
 
 

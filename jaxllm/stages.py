@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxllm import workdir
+from jaxllm import checkpoint, workdir
 from jaxllm.configure import nearest, section
 from jaxllm.data import loader, tokens
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prompts import Prompt, prompts
 from jaxllm.evaluate.perplexity import weighed
+from jaxllm.evaluate.teaching import taught
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import DecoderConfig, Model, build
 from jaxllm.model.config import COMPUTATION
@@ -25,7 +27,7 @@ from jaxllm.text import prepare as text
 from jaxllm.text.special_tokens import BOS_ID, PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.train import OptimizerConfig
-from jaxllm.train.objectives import ObjectiveConfig, distillation, next_token
+from jaxllm.train.objectives import ObjectiveConfig, distillation, next_token, stored_distillation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class LoopConfig:
     save_every: int
     keep_last: int
     keep_best: int
+    best_metric: str
     tensorboard: bool
 
     def __post_init__(self):
@@ -147,8 +150,9 @@ def sft(config: RunConfig, directory: Path) -> Stage:
 def distill(config: RunConfig, directory: Path) -> Stage:
     """As ``sft``, or ``pretrain`` where no source holds conversations, from the distributions of a teacher.
 
-    At ``objective.student_fraction`` of the steps the student writes the answers itself. Raises ``ValueError`` where
-    there is no teacher, or where it has another tokenizer.
+    At ``objective.student_fraction`` of the steps the student writes the answers itself. With
+    ``objective.store_teacher`` the teacher is asked here, once, and is not there in training. Raises ``ValueError``
+    where there is no teacher, or where it has another tokenizer.
     """
     if not config.teacher:
         raise ValueError("config.teacher='' names no run to learn from: give the directory of a trained one")
@@ -160,8 +164,12 @@ def distill(config: RunConfig, directory: Path) -> Stage:
             f"({stage.tokenizer.vocab_size} ids), so its distributions are over other tokens: set config.start or "
             "tokenizer.path to what shares its tokenizer, or let it write data (experiments/distill_data.py)"
         )
+    online = distillation(stage.model, teacher.model, config.objective)
+    if config.objective.store_teacher:
+        objective = stored_distillation(stage.model, config.objective)
+        return stage._replace(objective=objective, **_batches(config, _taught(config, stage, teacher, directory)))
     return stage._replace(
-        objective=distillation(stage.model, teacher.model, config.objective),
+        objective=online,
         frozen={"teacher_params": teacher},
         rollout=_own_answers(config, stage, directory) if config.objective.student_fraction else None,
     )
@@ -173,25 +181,59 @@ STAGES: dict[str, Callable[[RunConfig, Path], Stage]] = {"pretrain": pretrain, "
 def _imitation(config: RunConfig, directory: Path) -> Stage:
     """What all stages share that learn to say what is written."""
     tokenizer = text.prepare(config.tokenizer, tokens.training_texts(config.data), directory=directory / "tokenizer")
-    stores = tokens.prepare(config.data, tokenizer, directory=config.data.cache or directory / "tokens")
+    stores = tokens.prepare(config.data, tokenizer, directory=_cache(config, directory))
     model = build(config.model.with_vocabulary(tokenizer.vocab_size))
-    shape = dict(batch_size=config.loop.batch_size, micro_batches=config.loop.micro_batches, pad_id=PAD_ID)
-    processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    batches = loader.train_batches(stores, config.data, **shape, **processes)
+    read = _batches(config, stores)
     noise = {"dropout_key": config.model.dropout, "noise_key": config.objective.neftune_alpha}
     return Stage(
         model=model,
         tokenizer=tokenizer,
-        batches=batches,
-        validation=loader.validation_by_source(stores, config.data, **shape, **processes),
+        **read,
         prepare=weighed,
         objective=next_token(model, config.objective),
-        report={name: _report(name, store, batches.reports) for name, store in stores.items()},
+        report={name: _report(name, store, read["batches"].reports) for name, store in stores.items()},
         prompt=partial(_document, tokenizer),
         keys=tuple(name for name, rate in noise.items() if rate),
         prompts=_prompts(store.validation for store in stores.values()),
         start=workdir.saved(config.start) if config.start else None,
     )
+
+
+def _batches(config: RunConfig, stores: Mapping[str, tokens.Split]) -> dict[str, Any]:
+    """What a stage reads of the stores: ``batches`` to train on, and ``validation`` batches of each source."""
+    shape = dict(batch_size=config.loop.batch_size, micro_batches=config.loop.micro_batches, pad_id=PAD_ID)
+    shape |= dict(process_index=jax.process_index(), process_count=jax.process_count())
+    return {
+        "batches": loader.train_batches(stores, config.data, **shape),
+        "validation": loader.validation_by_source(stores, config.data, **shape),
+    }
+
+
+def _cache(config: RunConfig, directory: Path) -> Path:
+    return Path(config.data.cache or directory / "tokens")
+
+
+def _taught(config: RunConfig, stage: Stage, teacher: workdir.Saved, directory: Path) -> dict[str, tokens.Split]:
+    """The stage's stores with what the teacher says beside their tokens."""
+    cache = _cache(config, directory)
+    return taught(
+        tokens.prepare(config.data, stage.tokenizer, directory=cache),
+        teacher.model,
+        teacher.params,
+        identity=_identity(config.teacher),
+        data=config.data,
+        objective=config.objective,
+        directory=cache,
+        batch_size=config.loop.batch_size // config.loop.micro_batches,
+    )
+
+
+def _identity(directory: str) -> str:
+    """Tells the newest checkpoint of a run from all others: the names of its files are drawn at random."""
+    checkpoints = Path(directory) / "checkpoints"
+    step = next(checkpoint.whole_steps(checkpoints), "")
+    files = sorted(str(path.relative_to(checkpoints)) for path in (checkpoints / str(step)).rglob("*"))
+    return json.dumps([workdir.config(directory)["model"], files])
 
 
 def _report(name: str, store: tokens.Split, rows: Mapping[str, dict]) -> dict[str, Any]:
@@ -205,7 +247,7 @@ def _prompts(stores: Iterator[tokens.TokenStore]) -> list[Prompt]:
 
 
 def _own_answers(config: RunConfig, stage: Stage, directory: Path) -> Callable:
-    stores = tokens.prepare(config.data, stage.tokenizer, directory=config.data.cache or directory / "tokens")
+    stores = tokens.prepare(config.data, stage.tokenizer, directory=_cache(config, directory))
     asked = [prompt.prompt_ids.tolist() for prompt in _prompts(store.train for store in stores.values())]
     return on_policy(
         stage.model,

@@ -138,6 +138,14 @@ def test_a_student_that_samples_half_of_its_batches_goes_on_bit_for_bit(sources,
     assert not jax.tree.map(np.shape, params(straight)) == jax.tree.map(np.shape, teacher)
 
 
+def test_a_best_metric_that_no_validation_measures_is_named(fine_tuning, tmp_path):
+    values = fine_tuning | {"loop": fine_tuning["loop"] | {"best_metric": "validation_loss/chta"}}
+    with pytest.raises(
+        ValueError, match="loop.best_metric='validation_loss/chta' is no metric .*'validation_loss/chat'"
+    ):
+        loop.run(values, tmp_path / "run")
+
+
 def test_a_request_to_start_elsewhere_is_another_config(fine_tuning, fine_tuned, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run in .*nowhere"):
         loop.run(fine_tuning | {"start": str(tmp_path / "nowhere")}, fine_tuned)

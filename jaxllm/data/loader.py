@@ -166,6 +166,15 @@ def validation_by_source(
     }
 
 
+def rows_by_side(name: str, store: Split, config: DataConfig, *, pad_id: int) -> tuple[list[Rows], list[Rows]]:
+    """The rows of a source that training and validation read; a pair of tokens lies in one of them, or is dropped.
+
+    Raises ValueError where a side with documents has no row.
+    """
+    held_out = [_validation_rows(name, store.validation, config, pad_id)] if store.validation.num_documents else []
+    return [stream.rows for stream in _streams(name, store.train, config, pad_id)], held_out
+
+
 def batch_fingerprint(batch: Batch) -> str:
     """Hex digest of the tokens of a batch: names it in a log."""
     return hashlib.sha256(batch["tokens_BT"].tobytes()).hexdigest()[:16]

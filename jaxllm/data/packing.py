@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from jaxllm.data.columns import AnnotatedStore
 from jaxllm.data.tokens import TokenStore
 
 _MANY_SIZES = 1000  # up to so many, brim-full rows are found within a second
@@ -204,12 +205,18 @@ def supervised(store: TokenStore) -> np.ndarray | None:
     return store.supervised if isinstance(store, TokenStore) else None
 
 
+def columns(store: TokenStore) -> Mapping[str, np.ndarray]:
+    """Further numbers per token, by their name in a batch; none, in general."""
+    return store.columns if isinstance(store, AnnotatedStore) else {}
+
+
 class Rows:
     """The rows of a store under a plan, by index: what Grain calls a random-access source.
 
     A row has `tokens_BT`, `targets_BT`, `positions_BT`, `segments_BT` (int32) and `mask_BT` (bool), each of T numbers
     and named as in the batch that it becomes a line of. Segments count from 1; 0 is padding. The mask is True where a
-    target is supervised: in texts everywhere but in the padding.
+    target is supervised: in texts everywhere but in the padding. The columns of an annotated store come along, those
+    of each pair's first token, with zeros in the padding.
     """
 
     def __init__(self, store: TokenStore, plan: Plan, *, length: int, pad_id: int):
@@ -223,26 +230,27 @@ class Rows:
         starts, counts = self.plan.pieces(row)
         segments = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)
-        index = starts[segments] + positions
-        tokens, marks = self._store.tokens, supervised(self._store)
-        mask = np.ones(len(index), bool) if marks is None else marks[index + 1]
-        return self._padded(tokens[index], tokens[index + 1], positions, segments + 1, mask)
+        return self._padded(starts[segments] + positions, positions, segments + 1)
 
     def blank(self) -> dict[str, np.ndarray]:
         """A row of padding alone."""
-        return self._padded(*np.zeros((5, 0), np.int32))
+        return self._padded(*np.zeros((3, 0), np.int64))
 
-    def _padded(self, tokens, targets, positions, segments, mask) -> dict[str, np.ndarray]:
+    def _padded(self, index, positions, segments) -> dict[str, np.ndarray]:
+        tokens, marks = self._store.tokens, supervised(self._store)
+        mask = np.ones(len(index), bool) if marks is None else marks[index + 1]
+        beside = {name: values[index] for name, values in columns(self._store).items()}
         return {
-            "tokens_BT": self._to_length(tokens, self._pad_id),
-            "targets_BT": self._to_length(targets, self._pad_id),
-            "positions_BT": self._to_length(positions, 0),
-            "segments_BT": self._to_length(segments, 0),
-            "mask_BT": self._to_length(mask, 0).astype(bool),
+            "tokens_BT": self._to_length(tokens[index], np.int32, self._pad_id),
+            "targets_BT": self._to_length(tokens[index + 1], np.int32, self._pad_id),
+            "positions_BT": self._to_length(positions, np.int32),
+            "segments_BT": self._to_length(segments, np.int32),
+            "mask_BT": self._to_length(mask, bool),
+            **{name: self._to_length(values, values.dtype) for name, values in beside.items()},
         }
 
-    def _to_length(self, values: np.ndarray, fill: int) -> np.ndarray:
-        row = np.full(self._length, fill, np.int32)
+    def _to_length(self, values: np.ndarray, dtype: np.typing.DTypeLike, fill: int = 0) -> np.ndarray:
+        row = np.full((self._length, *values.shape[1:]), fill, dtype)
         row[: len(values)] = values
         return row
 

@@ -57,7 +57,8 @@ def top_k_jsd(
     teacher_logp_BTK = jax.lax.stop_gradient(teacher_logp_BTK).astype(jnp.float32)
     rest_BT1 = 1.0 - jnp.sum(jnp.exp(teacher_logp_BTK), axis=-1, keepdims=True)
     teacher_logp = [teacher_logp_BTK, jnp.log(jnp.maximum(rest_BT1, LEAST_MASS))]
-    return _divergence(_bucketed(student_logp_BTV, teacher_ids_BTK), jnp.concatenate(teacher_logp, axis=-1), beta)
+    student_logp = _bucketed(student_logp_BTV, teacher_ids_BTK.astype(jnp.int32))
+    return _divergence(student_logp, jnp.concatenate(teacher_logp, axis=-1), beta)
 
 
 def chunked_generalized_jsd(
@@ -87,6 +88,30 @@ def chunked_generalized_jsd(
     return _in_chunks(part, chunk, hidden_BTD, teacher_hidden_BTE)
 
 
+def chunked_top_k(
+    hidden_BTE: jax.Array,
+    head_EV: jax.Array,
+    *,
+    k: int,
+    chunk: int,
+    temperature: float = 1.0,
+    soft_cap: float = 0.0,
+    operand_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(ids_BTK, logp_BTK): what ``top_k_jsd`` takes of a teacher, the K = ``k`` likeliest tokens, best first.
+
+    Log-probabilities are float32, of softmax(cap(hidden @ head) / temperature), made ``chunk`` positions at a time.
+    """
+
+    def part(hidden_BTE):
+        logits_BTV = _logits(hidden_BTE, head_EV, soft_cap, operand_dtype) / temperature
+        logz_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
+        likeliest_BTK, ids_BTK = jax.lax.top_k(_whole(logits_BTV), k)
+        return ids_BTK, likeliest_BTK - logz_BT1
+
+    return _in_chunks(part, chunk, hidden_BTE)
+
+
 def chunked_top_k_jsd(
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
@@ -112,12 +137,18 @@ def _in_chunks(part, chunk, *arrays):
     """``part(*arrays)`` per token, ``chunk`` positions at a time; nothing of a chunk is kept for the backward pass."""
     part = jax.checkpoint(part, policy=jax.checkpoint_policies.nothing_saveable)
     per_token = jax.lax.map(lambda parts: part(*parts), _chunks(chunk, *arrays))
-    return _joined(per_token, arrays[0].shape[1])
+    return jax.tree.map(lambda chunks: _joined(chunks, arrays[0].shape[1]), per_token)
 
 
 def _logits(hidden_BTD, head_DV, soft_cap, operand_dtype):
     logits_BTV = einsum("btd,dv->btv", hidden_BTD.astype(jnp.float32), head_DV, operand_dtype or hidden_BTD.dtype)
     return soft_cap * jnp.tanh(logits_BTV / soft_cap) if soft_cap else logits_BTV
+
+
+def _whole(logits_BTV):
+    """With the vocabulary in one piece: a sort along a sharded one is an error."""
+    *axes, of_vocabulary = jax.typeof(logits_BTV).sharding.spec
+    return jax.reshard(logits_BTV, jax.P(*axes, None)) if of_vocabulary else logits_BTV
 
 
 def _divergence(student_logp, teacher_logp, beta):

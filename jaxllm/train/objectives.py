@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxllm.losses import chunked_generalized_jsd, chunked_top_k_jsd
+from jaxllm.losses import chunked_generalized_jsd, chunked_top_k, chunked_top_k_jsd
 from jaxllm.metrics import Ratio
 from jaxllm.model import Model, heads
 from jaxllm.sharding import place, spec
@@ -30,9 +30,11 @@ class ObjectiveConfig:
     temperature: float = 1.0
     hard_weight: float = 0.5
     student_fraction: float = 0.0
+    top_k: int = 0
+    store_teacher: bool = False
 
     def __post_init__(self):
-        for key in ("z_coef", "neftune_alpha"):
+        for key in ("z_coef", "neftune_alpha", "top_k"):
             if getattr(self, key) < 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)} must not be negative")
         shares = {
@@ -45,6 +47,12 @@ class ObjectiveConfig:
                 raise ValueError(f"objective.{key}={getattr(self, key)} must be in [0, 1]: 0 is {ends}")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"objective.temperature={self.temperature} must be positive and finite")
+        if self.store_teacher and (not self.top_k or self.student_fraction):
+            raise ValueError(
+                f"objective.store_teacher=True stores the teacher's top_k={self.top_k} tokens on the data's text: set "
+                f"top_k to 1 or more, and student_fraction={self.student_fraction} to 0, for the student's own text is "
+                "not there to store"
+            )
 
 
 def next_token(model: Model, config: ObjectiveConfig) -> Objective:
@@ -70,8 +78,9 @@ def distillation(model: Model, teacher: Model, config: ObjectiveConfig) -> Objec
     The factor t^2 keeps the gradient's size whatever the temperature (Hinton et al. 2015, arXiv:1503.02531, section 2).
     The batch is that of ``next_token``, and who wrote its text is open: the data, the teacher, or the student itself
     (on-policy, GKD: Agarwal et al. 2023, arXiv:2306.13649). ``teacher_params`` are an argument of their own, outside of
-    what is differentiated. The metric ``jsd`` is in nats per unmasked token, at this temperature. Raises ``ValueError``
-    where the vocabularies differ.
+    what is differentiated. The metric ``jsd`` is in nats per unmasked token, at this temperature. With a ``top_k`` it
+    is ``stored_distillation`` of what ``likeliest`` makes of the batch. Raises ``ValueError`` where the vocabularies
+    differ.
     """
     sizes = model.config.vocab_size, teacher.config.vocab_size
     if len(set(sizes)) > 1:
@@ -79,20 +88,7 @@ def distillation(model: Model, teacher: Model, config: ObjectiveConfig) -> Objec
             f"the student has a vocabulary of {sizes[0]} ids, its teacher one of {sizes[1]}: distillation of logits "
             "needs one tokenizer; use the teacher's, or let it write the data (experiments/distill_data.py)"
         )
-
-    def objective(params: Tree, batch: Batch, *, teacher_params: Tree):
-        hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
-        jsd_BT = chunked_generalized_jsd(
-            hidden_BTD,
-            _head(model, params),
-            _hidden(teacher, teacher_params, batch | {"dropout_key": None}, 0.0),
-            _head(teacher, teacher_params),
-            teacher_soft_cap=teacher.config.logit_soft_cap,
-            **_comparison(model, config),
-        )
-        return _mixed(model, config, params, batch, hidden_BTD, jsd_BT)
-
-    return objective
+    return (_top_k_distillation if config.top_k else _whole_distillation)(model, teacher, config)
 
 
 def stored_distillation(model: Model, config: ObjectiveConfig) -> Objective:
@@ -105,10 +101,31 @@ def stored_distillation(model: Model, config: ObjectiveConfig) -> Objective:
     def objective(params: Tree, batch: Batch):
         hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
         stored = batch["teacher_ids_BTK"], batch["teacher_logp_BTK"]
-        jsd_BT = chunked_top_k_jsd(hidden_BTD, _head(model, params), *stored, **_comparison(model, config))
+        how = _distributions(model, config)
+        jsd_BT = chunked_top_k_jsd(hidden_BTD, _head(model, params), *stored, beta=config.beta, **how)
         return _mixed(model, config, params, batch, hidden_BTD, jsd_BT)
 
     return objective
+
+
+def likeliest(teacher: Model, config: ObjectiveConfig) -> Callable[[Tree, Batch], Batch]:
+    """(teacher_params, batch) -> what ``stored_distillation`` needs: the teacher's K = ``top_k`` likeliest tokens.
+
+    Raises ``ValueError`` where they would be none, or leave none of the vocabulary.
+    """
+    if not 0 < config.top_k < teacher.config.vocab_size:
+        raise ValueError(
+            f"objective.top_k={config.top_k} must be at least 1 and less than the teacher's vocabulary of "
+            f"{teacher.config.vocab_size} ids; 0 learns from all of them, online"
+        )
+
+    def say(teacher_params: Tree, batch: Batch) -> Batch:
+        hidden_BTD = _teacher_hidden(teacher, teacher_params, batch)
+        how = _distributions(teacher, config)
+        ids_BTK, logp_BTK = chunked_top_k(hidden_BTD, _head(teacher, teacher_params), k=config.top_k, **how)
+        return {"teacher_ids_BTK": ids_BTK, "teacher_logp_BTK": logp_BTK}
+
+    return say
 
 
 def embedding_noise(key: jax.Array, segments_BT: jax.Array, *, width: int, alpha: float) -> jax.Array:
@@ -120,6 +137,28 @@ def embedding_noise(key: jax.Array, segments_BT: jax.Array, *, width: int, alpha
     length_BT = jnp.sum(segments_BT[:, :, None] == segments_BT[:, None, :], axis=-1)
     noise_BTD = jax.random.uniform(key, (*segments_BT.shape, width), minval=-1.0, out_sharding=spec("btd"))
     return noise_BTD * (alpha / jnp.sqrt(length_BT * width))[..., None]
+
+
+def _top_k_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -> Objective:
+    learn, say = stored_distillation(model, config), likeliest(teacher, config)
+    return lambda params, batch, *, teacher_params: learn(params, batch | say(teacher_params, batch))
+
+
+def _whole_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -> Objective:
+    def objective(params: Tree, batch: Batch, *, teacher_params: Tree):
+        hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
+        jsd_BT = chunked_generalized_jsd(
+            hidden_BTD,
+            _head(model, params),
+            _teacher_hidden(teacher, teacher_params, batch),
+            _head(teacher, teacher_params),
+            beta=config.beta,
+            teacher_soft_cap=teacher.config.logit_soft_cap,
+            **_distributions(model, config),
+        )
+        return _mixed(model, config, params, batch, hidden_BTD, jsd_BT)
+
+    return objective
 
 
 def _hidden(model: Model, params: Tree, batch: Batch, neftune_alpha: float) -> jax.Array:
@@ -137,10 +176,14 @@ def _hidden(model: Model, params: Tree, batch: Batch, neftune_alpha: float) -> j
     )
 
 
-def _comparison(model: Model, config: ObjectiveConfig) -> dict:
-    """How a student's distributions are made and compared with a teacher's."""
+def _teacher_hidden(teacher: Model, teacher_params: Tree, batch: Batch) -> jax.Array:
+    """Without dropout and noise, which are the student's."""
+    return _hidden(teacher, teacher_params, batch | {"dropout_key": None, "noise_key": None}, 0.0)
+
+
+def _distributions(model: Model, config: ObjectiveConfig) -> dict:
+    """How a model's distributions, which are to be compared, are made of its hidden states."""
     return dict(
-        beta=config.beta,
         temperature=config.temperature,
         chunk=model.config.loss_chunk,
         soft_cap=model.config.logit_soft_cap,

@@ -275,6 +275,17 @@ def test_how_a_program_runs_changes_neither_loss_nor_gradient(tiny, built, chang
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * largest), other_gradient, gradient)
 
 
+def test_remat_of_scanned_layers_needs_less_than_a_third_of_the_temporary_memory(tiny):
+    def temporary_bytes(remat):
+        model = build(tiny(num_layers=8, width=32, mlp_width=128, unroll=1, remat=remat))
+        gradient = jax.jit(jax.grad(lambda params, tokens_BT: jnp.sum(jnp.square(model.hidden(params, tokens_BT)))))
+        shapes = jax.eval_shape(model.init, jax.random.key(0)), jax.ShapeDtypeStruct((4, 128), jnp.int32)
+        return gradient.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    full, projections, none = map(temporary_bytes, ("full", "projections", "none"))
+    assert full < none / 3 and full < projections < none / 2
+
+
 @pytest.mark.parametrize("narrow", [dict(activation_dtype="bfloat16"), dict(operand_dtype="bfloat16")], ids=str)
 def test_bfloat16_loses_less_than_a_hundredth_of_a_nat(tiny, built, narrow):
     _, params = built(tiny())
