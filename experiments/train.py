@@ -7,7 +7,7 @@ On several hosts start it on each with --distributed=auto (TPU pods, SLURM, MPI,
 --distributed=HOST:PORT,COUNT,INDEX: the address of process 0, how many there are, and which one this is.
 
 Exit status: 0 when done; 75 when asked to stop by SIGTERM or Ctrl-C and saved (the same command continues); 1 on an
-error.
+error; 134 where another of several processes was killed, within two minutes of it.
 """
 
 import os

@@ -32,8 +32,10 @@ from jaxllm.model import DecoderConfig, build  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A second run loads its programs instead of compiling them, small ones too.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".cache" / "tests"))
+# A second run loads its programs instead of compiling them, small ones too. Two workers share no directory: one would
+# read what the other is still writing.
+CACHE = ROOT / ".cache" / "tests" / os.environ.get("PYTEST_XDIST_WORKER", "")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

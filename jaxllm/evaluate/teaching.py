@@ -40,23 +40,23 @@ def taught(
     directory: Path,
     batch_size: int,
 ) -> dict[str, Split]:
-    """The stores with ``teacher_ids_BTK`` and ``teacher_logp_BTK`` of ``stored_distillation`` beside their tokens.
+    """The stores with ``teacher_ids_BTK`` and ``teacher_logp_BTJ`` of ``stored_distillation`` beside their tokens.
 
     What ``directory`` does not hold yet is asked of the teacher, ``batch_size`` rows at a time, on the mesh that is
     set. Only then ``params(shardings)`` are read; ``identity`` tells them from all others. Log-probabilities are
-    float16: wrong by 2^-11 of themselves at most, 0.002 nats at a probability of 2 %. Raises ``ValueError`` for a
-    ``top_k`` that is not below the vocabulary, and where several processes would have to ask.
+    float16: wrong by 2^-11 of themselves at most, by 0.002 nats of what is likelier than e^-8. Raises ``ValueError``
+    for a ``top_k`` that is not below the vocabulary, and where several processes would have to ask.
     """
     say = likeliest(teacher, objective)
     ask = functools.cache(lambda: _asking(teacher, say, params))
     ids_dtype = "uint16" if teacher.config.vocab_size <= 1 << 16 else "uint32"
-    kinds = {"teacher_ids_BTK": (ids_dtype, objective.top_k), "teacher_logp_BTK": ("float16", objective.top_k)}
+    kinds = {"teacher_ids_BTK": (ids_dtype, objective.top_k), "teacher_logp_BTJ": ("float16", objective.top_k + 1)}
 
     def beside(name: str, store: TokenStore, rows: Sequence[Rows]) -> TokenStore | AnnotatedStore:
         if not rows:
             return store
         reads = [data.packing_of(name), data.sources[name].balance == 1, data.sequence_length]
-        content = [_FORMAT, identity, store.fingerprint, *reads, objective.top_k, objective.temperature]
+        content = [_FORMAT, identity, store.fingerprint, *reads, kinds, objective.temperature]
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         parts = lambda: _answers(ask(), rows, batch_size, f"ask the teacher about {name}")  # noqa: E731
         return annotated(store, Path(directory) / f"{name}-teacher-{digest[:16]}", kinds, parts)
@@ -80,8 +80,8 @@ def _asking(teacher: Model, say: Callable, params: Callable[..., Tree]) -> Calla
     def answer(params, batch):
         said = say(params, jax.tree.map(lambda x: x[0], batch))
         # What no float16 holds would be minus infinity, and 0 times it is not a number.
-        logp_BTK = jnp.maximum(said["teacher_logp_BTK"], jnp.finfo(jnp.float16).min)
-        return said | {"teacher_logp_BTK": logp_BTK.astype(jnp.float16)}
+        logp_BTJ = jnp.maximum(said["teacher_logp_BTJ"], jnp.finfo(jnp.float16).min)
+        return said | {"teacher_logp_BTJ": logp_BTJ.astype(jnp.float16)}
 
     def ask(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         batch = {name: array[None] for name, array in batch.items()}

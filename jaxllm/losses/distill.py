@@ -13,9 +13,6 @@ import jax.numpy as jnp
 from jaxllm.einsum import einsum
 from jaxllm.losses.logprobs import _chunks, _joined
 
-# The mass that a float32 sum of probabilities still tells from 0.
-LEAST_MASS = 2.0**-24
-
 
 def generalized_jsd(
     student_logits_BTV: jax.Array, teacher_logits_BTV: jax.Array, *, beta: float, temperature: float = 1.0
@@ -38,27 +35,24 @@ def generalized_jsd(
 def top_k_jsd(
     student_logits_BTV: jax.Array,
     teacher_ids_BTK: jax.Array,
-    teacher_logp_BTK: jax.Array,
+    teacher_logp_BTJ: jax.Array,
     *,
     beta: float,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """per_token_BT: ``generalized_jsd`` over K + 1 outcomes, the teacher's K stored tokens and any other token.
+    """per_token_BT: ``generalized_jsd`` over J = K + 1 outcomes, the teacher's K tokens and any other token.
 
-    ``teacher_ids_BTK`` are distinct; ``teacher_logp_BTK`` are log-probabilities of the teacher at this same
-    ``temperature``, and what they leave of its mass is that of the other tokens, at least 2^-24. Joining outcomes never
-    raises a divergence, so this is a lower bound of the whole one, and equal to it for K = V - 1. Raises ``ValueError``
-    for a larger K.
+    ``teacher_ids_BTK`` are distinct; ``teacher_logp_BTJ`` are log-probabilities of the teacher at this same
+    ``temperature``, of all other tokens together the last: from the K alone, rounded as what is stored is, a small rest
+    would be lost. Joining outcomes never raises a divergence, so this is a lower bound of the whole one, and equal to
+    it for K = V - 1. Raises ``ValueError`` for a larger K.
     """
     K, V = teacher_ids_BTK.shape[-1], student_logits_BTV.shape[-1]
     if K >= V:
         raise ValueError(f"the teacher's {K} tokens leave none of a vocabulary of {V}; give generalized_jsd its logits")
     student_logp_BTV = jax.nn.log_softmax(student_logits_BTV.astype(jnp.float32) / temperature, axis=-1)
-    teacher_logp_BTK = jax.lax.stop_gradient(teacher_logp_BTK).astype(jnp.float32)
-    rest_BT1 = 1.0 - jnp.sum(jnp.exp(teacher_logp_BTK), axis=-1, keepdims=True)
-    teacher_logp = [teacher_logp_BTK, jnp.log(jnp.maximum(rest_BT1, LEAST_MASS))]
-    student_logp = _bucketed(student_logp_BTV, teacher_ids_BTK.astype(jnp.int32))
-    return _divergence(student_logp, jnp.concatenate(teacher_logp, axis=-1), beta)
+    teacher_logp_BTJ = jax.lax.stop_gradient(teacher_logp_BTJ).astype(jnp.float32)
+    return _divergence(_bucketed(student_logp_BTV, teacher_ids_BTK.astype(jnp.int32)), teacher_logp_BTJ, beta)
 
 
 def chunked_generalized_jsd(
@@ -98,16 +92,15 @@ def chunked_top_k(
     soft_cap: float = 0.0,
     operand_dtype: jnp.dtype | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(ids_BTK, logp_BTK): what ``top_k_jsd`` takes of a teacher, the K = ``k`` likeliest tokens, best first.
+    """(ids_BTK, logp_BTJ): what ``top_k_jsd`` takes of a teacher, whose ``k`` likeliest tokens these are, best first.
 
     Log-probabilities are float32, of softmax(cap(hidden @ head) / temperature), made ``chunk`` positions at a time.
     """
 
     def part(hidden_BTE):
-        logits_BTV = _logits(hidden_BTE, head_EV, soft_cap, operand_dtype) / temperature
-        logz_BT1 = jax.nn.logsumexp(logits_BTV, axis=-1, keepdims=True)
-        likeliest_BTK, ids_BTK = jax.lax.top_k(_whole(logits_BTV), k)
-        return ids_BTK, likeliest_BTK - logz_BT1
+        logits_BTV = _logits(hidden_BTE, head_EV, soft_cap, operand_dtype)
+        _, ids_BTK = jax.lax.top_k(_whole(logits_BTV), k)
+        return ids_BTK, _bucketed(jax.nn.log_softmax(logits_BTV / temperature, axis=-1), ids_BTK)
 
     return _in_chunks(part, chunk, hidden_BTE)
 
@@ -116,7 +109,7 @@ def chunked_top_k_jsd(
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
     teacher_ids_BTK: jax.Array,
-    teacher_logp_BTK: jax.Array,
+    teacher_logp_BTJ: jax.Array,
     *,
     beta: float,
     chunk: int,
@@ -126,11 +119,11 @@ def chunked_top_k_jsd(
 ) -> jax.Array:
     """per_token_BT: ``top_k_jsd`` of the logits cap(hidden @ head), as ``chunked_generalized_jsd`` makes them."""
 
-    def part(hidden_BTD, teacher_ids_BTK, teacher_logp_BTK):
+    def part(hidden_BTD, teacher_ids_BTK, teacher_logp_BTJ):
         student_logits_BTV = _logits(hidden_BTD, head_DV, soft_cap, operand_dtype)
-        return top_k_jsd(student_logits_BTV, teacher_ids_BTK, teacher_logp_BTK, beta=beta, temperature=temperature)
+        return top_k_jsd(student_logits_BTV, teacher_ids_BTK, teacher_logp_BTJ, beta=beta, temperature=temperature)
 
-    return _in_chunks(part, chunk, hidden_BTD, teacher_ids_BTK, teacher_logp_BTK)
+    return _in_chunks(part, chunk, hidden_BTD, teacher_ids_BTK, teacher_logp_BTJ)
 
 
 def _in_chunks(part, chunk, *arrays):
@@ -168,7 +161,7 @@ def _kl(p_logp, q_logp):
 
 
 def _bucketed(logp_BTV, ids_BTK):
-    """Log-probabilities of the K tokens, and of all others together as the last of K + 1.
+    """Log-probabilities of the K tokens, and of all others together as the last of J = K + 1.
 
     Tokens are picked by comparison, one of the K at a time: a gather along a sharded vocabulary is an error.
     """

@@ -93,14 +93,14 @@ def distillation(model: Model, teacher: Model, config: ObjectiveConfig) -> Objec
 
 def stored_distillation(model: Model, config: ObjectiveConfig) -> Objective:
     """``distillation`` from a teacher's likeliest K tokens, which the batch holds: ``teacher_ids_BTK``, distinct, and
-    ``teacher_logp_BTK``, their log-probabilities at ``temperature``.
+    ``teacher_logp_BTJ``, the log-probabilities of them and of all others together at ``temperature``.
 
     A bound of it from below: all other tokens are one outcome (``losses.top_k_jsd``).
     """
 
     def objective(params: Tree, batch: Batch):
         hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
-        stored = batch["teacher_ids_BTK"], batch["teacher_logp_BTK"]
+        stored = batch["teacher_ids_BTK"], batch["teacher_logp_BTJ"]
         how = _distributions(model, config)
         jsd_BT = chunked_top_k_jsd(hidden_BTD, _head(model, params), *stored, beta=config.beta, **how)
         return _mixed(model, config, params, batch, hidden_BTD, jsd_BT)
@@ -122,8 +122,8 @@ def likeliest(teacher: Model, config: ObjectiveConfig) -> Callable[[Tree, Batch]
     def say(teacher_params: Tree, batch: Batch) -> Batch:
         hidden_BTD = _teacher_hidden(teacher, teacher_params, batch)
         how = _distributions(teacher, config)
-        ids_BTK, logp_BTK = chunked_top_k(hidden_BTD, _head(teacher, teacher_params), k=config.top_k, **how)
-        return {"teacher_ids_BTK": ids_BTK, "teacher_logp_BTK": logp_BTK}
+        ids_BTK, logp_BTJ = chunked_top_k(hidden_BTD, _head(teacher, teacher_params), k=config.top_k, **how)
+        return {"teacher_ids_BTK": ids_BTK, "teacher_logp_BTJ": logp_BTJ}
 
     return say
 

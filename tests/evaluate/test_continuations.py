@@ -1,11 +1,10 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.evaluate import continuations as module
+from jaxllm.evaluate import answers
+from jaxllm.evaluate.answers import STOP_IDS
 from jaxllm.evaluate.continuations import continuations
 from jaxllm.generate import SamplerConfig
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID
@@ -55,14 +54,23 @@ def test_a_continuation_does_not_depend_on_its_neighbours(loud):
     assert [ask([prompt])[0] for prompt in PROMPTS] == ask(PROMPTS)
 
 
-def test_a_text_ends_before_the_end_of_the_document_and_never_shows_it(loud, monkeypatch):
-    """The first greedy token plays the end of the document."""
+@pytest.mark.parametrize("stop", STOP_IDS)
+def test_a_text_ends_before_the_end_of_the_document_or_the_turn_and_never_shows_it(loud, stop):
+    """The head of the stop token is that of the first greedy token, a little longer."""
     model, params = loud
     first = likeliest(model, params, [BOS_ID, *byte_tokenizer().encode("a")])
-    monkeypatch.setattr(module, "EOS_ID", first)
-    monkeypatch.setattr(module, "generate", functools.partial(module.generate, stop_ids=(first,)))
-    texts = continuations(model, params, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=GREEDY)
+    table_VD = params["embedding"]["table"]
+    ending = params | {"embedding": {"table": table_VD.at[stop].set(1.01 * table_VD[first])}}
+    texts = continuations(model, ending, byte_tokenizer(), ["a"], jax.random.key(0), max_new_tokens=4, sampler=GREEDY)
     assert texts == [""]
+
+
+def test_a_prompt_is_read_as_the_caller_says(loud):
+    model, params = loud
+    how = dict(max_new_tokens=5, sampler=GREEDY)
+    read = lambda prompt: [BOS_ID, *byte_tokenizer().encode(prompt + "!")]  # noqa: E731
+    found = continuations(model, params, byte_tokenizer(), PROMPTS, jax.random.key(0), **how, read=read)
+    assert found == [one_by_one(model, params, prompt + "!", 5) for prompt in PROMPTS]
 
 
 def test_the_key_decides_what_is_sampled(loud):
@@ -84,8 +92,8 @@ def test_every_token_asked_for_is_decoded_together(loud):
 
     Done.tokens_BT = tokens_BT
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "generate", lambda *_, **__: Done)
-        texts = module.continuations(
+        patch.setattr(answers, "generate", lambda *_, **__: Done)
+        texts = continuations(
             model, params, byte_tokenizer(), ["x"], jax.random.key(0), max_new_tokens=5, sampler=GREEDY
         )
     assert texts == ["é☃"]

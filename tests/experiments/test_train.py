@@ -143,7 +143,7 @@ def written(tmp_path, name, content):
         ("empty.txt", b"", ("ValueError", "empty.txt is empty: remove it")),
         ("bad.txt", b"good\n\xff\n", ("bad.txt, line 2: invalid UTF-8, byte 0xff; convert the file to UTF-8",)),
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', ("a.jsonl, line 2: no field 'text' in ['body']; set field",)),
-        ("image.png", b"\x89PNG", ("image.png is of no kind that can be read: .txt, .jsonl",)),
+        ("image.png", b"\x89PNG", ("image.png is of no kind that can be read: .txt, .json",)),
     ],
 )
 def test_text_that_cannot_be_read_names_its_place_and_the_mend(config, tmp_path, name, content, parts):

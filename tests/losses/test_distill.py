@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.losses import chunked_generalized_jsd, chunked_top_k_jsd, generalized_jsd, top_k_jsd
+from jaxllm.losses import chunked_generalized_jsd, chunked_top_k, chunked_top_k_jsd, generalized_jsd, top_k_jsd
 
 B, T, D, E, V = 2, 5, 4, 7, 9
 DRAW = np.random.default_rng(0)
@@ -221,11 +221,13 @@ def test_bfloat16_operands_round_the_operands_of_both_heads_and_nothing_else():
 def test_no_program_holds_all_logits_forward_or_backward(array_sizes):
     B, T, D, E, V = 2, 32, 8, 12, 64
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((B, T, D), (D, V), (B, T, E), (E, V))]
-    stored = [jax.ShapeDtypeStruct((B, T, 3), dtype) for dtype in (jnp.int32, jnp.float32)]
+    stored = [jax.ShapeDtypeStruct((B, T, 3), jnp.int32), jax.ShapeDtypeStruct((B, T, 4), jnp.float32)]
     for score, arrays in ((chunked_generalized_jsd, shapes), (chunked_top_k_jsd, shapes[:2] + stored)):
         loss = lambda *x, score=score: jnp.sum(score(*x, beta=0.5, chunk=8, soft_cap=3.0))  # noqa: E731
         program = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(*arrays)
         assert max(array_sizes(program.jaxpr)) <= B * T * V // 4
+    program = jax.make_jaxpr(functools.partial(chunked_top_k, k=3, chunk=8, soft_cap=3.0))(*shapes[2:])
+    assert max(array_sizes(program.jaxpr)) <= B * T * V // 4
 
 
 def test_memory_at_a_vocabulary_of_128k_is_a_quarter_of_the_dense_divergence():
@@ -244,42 +246,72 @@ def test_memory_at_a_vocabulary_of_128k_is_a_quarter_of_the_dense_divergence():
 # ---- the teacher's top k ----
 
 
+def logp_of(ids_BTK, temperature=1.0):
+    """The teacher's log-probabilities of these tokens, and of all others together: each a sum over its own tokens."""
+    logp_BTJ = np.zeros((B, T, ids_BTK.shape[-1] + 1))
+    for place in np.ndindex(B, T):
+        p_V = softmax(LOGITS_BTV[place] / temperature)
+        rest = [token for token in range(V) if token not in ids_BTK[place]]
+        logp_BTJ[place] = np.log([*p_V[ids_BTK[place]], p_V[rest].sum()])
+    return logp_BTJ
+
+
 def stored(K, temperature=1.0):
-    """The teacher's likeliest K tokens in no order, and their log-probabilities."""
-    ids_BTK = np.argsort(LOGITS_BTV, axis=-1)[..., -K:]
-    ids_BTK = DRAW.permuted(ids_BTK, axis=-1)
-    logp_BTV = LOGITS_BTV / temperature
-    logp_BTV = logp_BTV - np.log(np.exp(logp_BTV).sum(axis=-1, keepdims=True))
-    return ids_BTK, np.take_along_axis(logp_BTV, ids_BTK, axis=-1)
+    """The teacher's likeliest K tokens in no order, and their log-probabilities and that of the rest."""
+    ids_BTK = DRAW.permuted(np.argsort(LOGITS_BTV, axis=-1)[..., -K:], axis=-1)
+    return ids_BTK, logp_of(ids_BTK, temperature)
 
 
-def of_stored(ids_BTK, logp_BTK):
-    return lambda student_BTV, **options: top_k_jsd(student_BTV, jnp.asarray(ids_BTK), jnp.float32(logp_BTK), **options)
+def of_stored(ids_BTK, logp_BTJ):
+    return lambda student_BTV, **options: top_k_jsd(student_BTV, jnp.asarray(ids_BTK), jnp.asarray(logp_BTJ), **options)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("K, temperature", [(1, 1.0), (4, 0.7)])
 def test_the_top_k_divergence_and_its_gradient_match_the_oracle_of_k_tokens_and_the_rest(beta, K, temperature):
-    ids_BTK, logp_BTK = stored(K, temperature)
+    ids_BTK, logp_BTJ = stored(K, temperature)
 
     def define(student_BTV):
         found_BT = np.zeros((B, T))
         for place in np.ndindex(B, T):
-            q_V = softmax(student_BTV[place] / temperature)
-            p, q = np.exp(logp_BTK[place]), q_V[ids_BTK[place]]
-            found_BT[place] = divergence(np.append(p, 1 - p.sum()), np.append(q, 1 - q.sum()), beta)
+            q = softmax(student_BTV[place] / temperature)[ids_BTK[place]]
+            found_BT[place] = divergence(np.exp(logp_BTJ[place]), np.append(q, 1 - q.sum()), beta)
         return found_BT
 
-    value_BT, (gradient,) = ours(of_stored(ids_BTK, logp_BTK), STUDENT_BTV, beta=beta, temperature=temperature)
+    value_BT, (gradient,) = ours(of_stored(ids_BTK, logp_BTJ), STUDENT_BTV, beta=beta, temperature=temperature)
     np.testing.assert_allclose(value_BT, define(STUDENT_BTV), rtol=2e-6, atol=1e-6)
     expected = oracle_gradient(STUDENT_BTV, lambda x: np.sum(COTANGENT_BT * define(x)))
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "k, chunk, options", [(1, 1, {}), (4, 2, dict(temperature=1.7)), (V - 1, 100, dict(temperature=0.6, soft_cap=1.5))]
+)
+def test_the_likeliest_tokens_and_the_log_probabilities_of_them_and_the_rest_are_those_of_a_sort(k, chunk, options):
+    logits_BTV = capped(LOGITS_BTV, options.get("soft_cap")) / options.get("temperature", 1.0)
+    find = jax.jit(functools.partial(chunked_top_k, k=k, chunk=chunk, **options))
+    ids_BTK, logp_BTJ = find(jnp.float32(TEACHER_BTE), jnp.float32(TEACHER_EV))
+    assert (ids_BTK.dtype, logp_BTJ.dtype) == (jnp.int32, jnp.float32)
+    for place in np.ndindex(B, T):
+        order = sorted(range(V), key=lambda token: -logits_BTV[place][token])
+        p_V = softmax(logits_BTV[place])[order]
+        assert ids_BTK[place].tolist() == order[:k]
+        np.testing.assert_allclose(logp_BTJ[place], np.log([*p_V[:k], p_V[k:].sum()]), rtol=1e-5, atol=1e-6)
+
+
+def test_the_likeliest_tokens_are_of_rounded_operands_in_float32():
+    rounded = [np.float64(jnp.bfloat16(x)) for x in (TEACHER_BTE, TEACHER_EV)]
+    given = jnp.float32(TEACHER_BTE), jnp.float32(TEACHER_EV)
+    ids_BTK, logp_BTJ = chunked_top_k(*given, k=2, chunk=2, operand_dtype=jnp.bfloat16)
+    expected_BTV = np.log([[softmax(logits_V) for logits_V in logits_TV] for logits_TV in rounded[0] @ rounded[1]])
+    np.testing.assert_allclose(logp_BTJ[..., :2], np.take_along_axis(expected_BTV, np.asarray(ids_BTK), -1), atol=1e-5)
+    assert logp_BTJ.dtype == jnp.float32
+
+
 @pytest.mark.parametrize("chunk", [2, 100])
 def test_top_k_in_chunks_equals_top_k_at_once_in_value_and_gradient(chunk):
-    ids_BTK, logp_BTK = stored(3, temperature=1.5)
-    given, options = (jnp.asarray(ids_BTK), jnp.float32(logp_BTK)), dict(beta=0.3, temperature=1.5)
+    ids_BTK, logp_BTJ = stored(3, temperature=1.5)
+    given, options = (jnp.asarray(ids_BTK), jnp.float32(logp_BTJ)), dict(beta=0.3, temperature=1.5)
 
     def whole(hidden_BTD, head_DV, **options):
         return top_k_jsd(2 * jnp.tanh(hidden_BTD @ head_DV / 2), *given, **options)
@@ -291,41 +323,56 @@ def test_top_k_in_chunks_equals_top_k_at_once_in_value_and_gradient(chunk):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_more_stored_tokens_come_nearer_to_the_whole_divergence_and_all_but_one_reach_it(beta):
-    whole_BT = oracle(STUDENT_BTV, LOGITS_BTV, beta=beta)
+def test_more_tokens_come_nearer_to_the_whole_divergence_and_all_but_one_reach_it(beta):
+    ids_BTK, _ = stored(V - 1)
     # Nested sets of tokens: each partition refines the one before it.
-    ids_BTK, logp_BTK = stored(V - 1)
     values = [
-        np.asarray(top_k_jsd(jnp.float32(STUDENT_BTV), ids_BTK[..., :K], jnp.float32(logp_BTK[..., :K]), beta=beta))
+        np.asarray(of_stored(ids_BTK[..., :K], logp_of(ids_BTK[..., :K]))(jnp.float32(STUDENT_BTV), beta=beta))
         for K in (1, 3, V - 1)
     ]
     assert np.all(values[0] <= values[1] + 1e-6) and np.all(values[1] <= values[2] + 1e-6)
-    # The stored log-probabilities are rounded, and the mass that V - 1 of them leave to the last one is small.
-    np.testing.assert_allclose(values[2], whole_BT, rtol=1e-3)
+    np.testing.assert_allclose(values[2], oracle(STUDENT_BTV, LOGITS_BTV, beta=beta), rtol=1e-5, atol=1e-6)
 
 
-def test_a_stored_teacher_that_leaves_nothing_or_gets_no_gradient():
-    ids_BTK, logp_BTK = stored(2)
-    sure_BTK = logp_BTK - np.log(np.exp(logp_BTK).sum(axis=-1, keepdims=True))
+@pytest.mark.parametrize("beta", BETAS)
+def test_what_a_teacher_finds_of_itself_teaches_as_it_does_and_float16_costs_a_thousandth(beta):
+    """The rest is small here, down to 1e-5: made of the others' float16 it would cost a tenth, beyond float16 more."""
+    ids_BTK, logp_BTJ = chunked_top_k(jnp.float32(TEACHER_BTE), jnp.float32(TEACHER_EV), k=V - 1, chunk=2)
+    for ids, logp, rtol in ((ids_BTK, logp_BTJ, 1e-5), (np.uint16(ids_BTK), jnp.float16(logp_BTJ), 1e-3)):
+        value_BT, _ = ours(of_stored(ids, logp), STUDENT_BTV, beta=beta)
+        assert value_BT.dtype == jnp.float32
+        np.testing.assert_allclose(value_BT, oracle(STUDENT_BTV, LOGITS_BTV, beta=beta), rtol=rtol, atol=rtol / 4)
+
+
+def test_padding_of_a_stored_teacher_is_finite():
+    """Zeros in all places: one token K times over, each time sure."""
+    ids_BTK, logp_BTJ = np.zeros((B, T, 3), np.uint16), np.zeros((B, T, 4), np.float16)
     with jax.debug_nans(True):
         for beta in BETAS:
-            value_BT, (gradient,) = ours(of_stored(ids_BTK, sure_BTK), STUDENT_BTV, beta=beta)
+            value_BT, (gradient,) = ours(of_stored(ids_BTK, logp_BTJ), STUDENT_BTV, beta=beta)
             assert np.all(np.isfinite(value_BT)) and np.all(np.isfinite(gradient))
-    loss = lambda logp_BTK: jnp.sum(top_k_jsd(jnp.float32(STUDENT_BTV), ids_BTK, logp_BTK, beta=0.5))  # noqa: E731
-    assert not np.any(jax.grad(loss)(jnp.float32(logp_BTK)))
+
+
+def test_a_stored_teacher_that_leaves_next_to_nothing_is_finite_and_gets_no_gradient():
+    ids_BTK, logp_BTJ = stored(2)
+    logp_BTJ[..., 2] = np.finfo(np.float16).min
+    with jax.debug_nans(True):
+        for beta in BETAS:
+            value_BT, (gradient,) = ours(of_stored(ids_BTK, logp_BTJ), STUDENT_BTV, beta=beta)
+            assert np.all(np.isfinite(value_BT)) and np.all(np.isfinite(gradient))
+    loss = lambda logp_BTJ: jnp.sum(top_k_jsd(jnp.float32(STUDENT_BTV), ids_BTK, logp_BTJ, beta=0.5))  # noqa: E731
+    assert not np.any(jax.grad(loss)(jnp.float32(logp_BTJ)))
 
 
 def test_a_student_that_leaves_nothing_to_the_rest_keeps_a_finite_gradient():
     """1 - sum of its probabilities would be 0 in float32; the sum over the other tokens is not."""
-    ids_BTK, logp_BTK = stored(2)
+    ids_BTK, logp_BTJ = stored(2)
     sharp_BTV = STUDENT_BTV.copy()
     np.put_along_axis(sharp_BTV, ids_BTK, 40.0, axis=-1)
-    value_BT, (gradient,) = ours(of_stored(ids_BTK, logp_BTK), sharp_BTV, beta=0.0)
+    value_BT, (gradient,) = ours(of_stored(ids_BTK, logp_BTJ), sharp_BTV, beta=0.0)
     rest_BT = np.exp(STUDENT_BTV).sum(axis=-1) - np.exp(np.take_along_axis(STUDENT_BTV, ids_BTK, -1)).sum(axis=-1)
-    p_BTK = np.exp(logp_BTK)
-    left_BT = 1 - p_BTK.sum(axis=-1)
-    expected_BT = (p_BTK * (logp_BTK + np.log(2))).sum(axis=-1) + left_BT * np.log(left_BT / (rest_BT / 2 / np.exp(40)))
-    np.testing.assert_allclose(value_BT, expected_BT, rtol=1e-5)
+    student_BTJ = np.stack([np.full((B, T), -np.log(2))] * 2 + [np.log(rest_BT / 2) - 40], axis=-1)
+    np.testing.assert_allclose(value_BT, (np.exp(logp_BTJ) * (logp_BTJ - student_BTJ)).sum(axis=-1), rtol=1e-5)
     assert np.all(np.isfinite(gradient))
 
 
@@ -333,7 +380,7 @@ def test_memory_of_the_top_k_divergence_does_not_grow_with_k():
     B, T, V = 2, 16, 4096
 
     def temporary_bytes(K):
-        shapes = ((B, T, V), jnp.float32), ((B, T, K), jnp.int32), ((B, T, K), jnp.float32)
+        shapes = ((B, T, V), jnp.float32), ((B, T, K), jnp.int32), ((B, T, K + 1), jnp.float32)
         program = jax.value_and_grad(lambda *x: jnp.sum(top_k_jsd(*x, beta=0.5)))
         arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
         return jax.jit(program).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
@@ -346,7 +393,7 @@ def test_as_many_tokens_as_the_vocabulary_are_refused():
     with pytest.raises(
         ValueError, match="the teacher's 3 tokens leave none of a vocabulary of 3; give generalized_jsd"
     ):
-        top_k_jsd(jnp.zeros((1, 1, 3)), ids, jnp.zeros((1, 1, 3)), beta=0.5)
+        top_k_jsd(jnp.zeros((1, 1, 3)), ids, jnp.zeros((1, 1, 4)), beta=0.5)
 
 
 # ---- on a mesh ----
@@ -359,34 +406,41 @@ def test_a_vocabulary_sharded_over_the_mesh_gives_the_same_divergences(mesh, bet
     shapes = (B, T, D), (D, V), (B, T, E), (E, V)
     arrays = [np.float32(draw.normal(size=shape)) for shape in shapes]
     student_BTV, teacher_BTV = (np.float64(x) @ np.float64(y) for x, y in (arrays[:2], arrays[2:]))
-    ids_BTK = np.argsort(teacher_BTV, axis=-1)[..., -K:]
-    logp_BTK = np.float32(jax.nn.log_softmax(teacher_BTV))[np.arange(B)[:, None, None], np.arange(T)[:, None], ids_BTK]
+    order_BTV = np.argsort(-teacher_BTV, axis=-1)
+    p_BTV = np.take_along_axis(np.exp(teacher_BTV), order_BTV, axis=-1)
+    p_BTV /= p_BTV.sum(axis=-1, keepdims=True)
+    ids_BTK, p_BTK, rest_BT1 = order_BTV[..., :K], p_BTV[..., :K], p_BTV[..., K:].sum(axis=-1, keepdims=True)
+    logp_BTJ = np.float32(np.log(np.concatenate([p_BTK, rest_BT1], axis=-1)))
     rows, columns = ("replica", "fsdp"), "tensor"
     place = lambda x, *spec: jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec)))  # noqa: E731
     specs = (rows,), (None, columns), (rows,), (None, columns), (rows,), (rows,)
-    placed = [place(x, *spec) for x, spec in zip((*arrays, ids_BTK, logp_BTK), specs, strict=True)]
+    placed = [place(x, *spec) for x, spec in zip((*arrays, ids_BTK, logp_BTJ), specs, strict=True)]
 
     @jax.jit
-    def every(hidden_BTD, head_DV, teacher_BTE, teacher_EV, ids_BTK, logp_BTK):
+    def every(hidden_BTD, head_DV, teacher_BTE, teacher_EV, ids_BTK, logp_BTJ):
         def values(hidden_BTD, head_DV):
             student_BTV = jnp.einsum("btd,dv->btv", hidden_BTD, head_DV)
             teacher_BTV = jnp.einsum("btd,dv->btv", teacher_BTE, teacher_EV)
             return (
                 chunked_generalized_jsd(hidden_BTD, head_DV, teacher_BTE, teacher_EV, beta=beta, chunk=4),
                 generalized_jsd(student_BTV, teacher_BTV, beta=beta),
-                top_k_jsd(student_BTV, ids_BTK, logp_BTK, beta=beta),
-                chunked_top_k_jsd(hidden_BTD, head_DV, ids_BTK, logp_BTK, beta=beta, chunk=4),
+                top_k_jsd(student_BTV, ids_BTK, logp_BTJ, beta=beta),
+                chunked_top_k_jsd(hidden_BTD, head_DV, ids_BTK, logp_BTJ, beta=beta, chunk=4),
             )
 
         found, pull = jax.vjp(lambda *x: list(values(*x)), hidden_BTD, head_DV)
         ones_BT, zeros_BT = jnp.ones_like(found[0]), jnp.zeros_like(found[0])
-        return found, *(pull([ones_BT if n == place else zeros_BT for n in range(4)]) for place in range(4))
+        likeliest = chunked_top_k(teacher_BTE, teacher_EV, k=K, chunk=4)
+        return likeliest, found, *(pull([ones_BT if n == place else zeros_BT for n in range(4)]) for place in range(4))
 
-    (parts_BT, whole_BT, top_BT, top_parts_BT), *all_gradients = every(*placed)
+    likeliest, (parts_BT, whole_BT, top_BT, top_parts_BT), *all_gradients = every(*placed)
+    np.testing.assert_array_equal(likeliest[0], ids_BTK)
+    np.testing.assert_allclose(likeliest[1], logp_BTJ, rtol=1e-5, atol=1e-5)
+    assert all(x.sharding.spec == jax.P(rows, None, None) for x in likeliest)
     expected_BT = oracle(student_BTV, teacher_BTV, beta=beta)
     np.testing.assert_allclose(parts_BT, expected_BT, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(whole_BT, expected_BT, rtol=1e-5, atol=1e-5)
-    alone_BT = top_k_jsd(*(jnp.asarray(np.asarray(x)) for x in (student_BTV, ids_BTK, logp_BTK)), beta=beta)
+    alone_BT = top_k_jsd(*(jnp.asarray(np.asarray(x)) for x in (student_BTV, ids_BTK, logp_BTJ)), beta=beta)
     np.testing.assert_allclose(top_BT, alone_BT, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(top_parts_BT, alone_BT, rtol=1e-5, atol=1e-5)
     for gradients, whole_gradients in (all_gradients[:2], all_gradients[:1:-1]):

@@ -8,7 +8,14 @@ import pytest
 from jaxllm import sharding
 from jaxllm.losses import generalized_jsd
 from jaxllm.model import parameter_rules
-from jaxllm.train.objectives import ObjectiveConfig, distillation, embedding_noise, next_token, stored_distillation
+from jaxllm.train.objectives import (
+    ObjectiveConfig,
+    distillation,
+    embedding_noise,
+    likeliest,
+    next_token,
+    stored_distillation,
+)
 
 
 def objective_of(tiny, built, z_coef=0.0, **changes):
@@ -283,25 +290,78 @@ def test_all_tokens_but_one_of_a_stored_teacher_teach_as_the_teacher_does(tiny, 
     batch = micro_batch(packed_batch)
     packed = dict(positions_BT=batch["positions_BT"], segments_BT=batch["segments_BT"])
     logits_BTV = jax.jit(teacher.forward)(teacher_params, batch["tokens_BT"], **packed)
-    logp_BTV = jax.nn.log_softmax(logits_BTV / MIXED.temperature)
-    ids_BTK = np.argsort(-logp_BTV, axis=-1)[..., :-1]
+    logp_BTV = np.array(jax.nn.log_softmax(logits_BTV / MIXED.temperature))
+    order_BTV = np.argsort(-logp_BTV, axis=-1)
     stored = batch | {
-        "teacher_ids_BTK": ids_BTK,
-        "teacher_logp_BTK": np.take_along_axis(np.array(logp_BTV), ids_BTK, -1),
+        "teacher_ids_BTK": order_BTV[..., :-1],
+        "teacher_logp_BTJ": np.take_along_axis(logp_BTV, order_BTV, axis=-1),
     }
     both = jax.jit(jax.value_and_grad(stored_distillation(model, MIXED), has_aux=True))
     (loss, metrics), gradient = both(params, stored)
     expected_loss, (expected, _) = with_gradients(model, teacher, MIXED)(params, teacher_params, batch)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-4)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4 * np.abs(y).max()), gradient, expected)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * np.abs(y).max()), gradient, expected)
     assert set(metrics) == {"nll", "jsd"}
 
 
-def test_a_mesh_changes_neither_loss_nor_gradient(tiny, built, packed_batch, mesh):
+def test_a_teacher_cut_to_its_likeliest_tokens_teaches_online_what_a_sort_of_its_logits_would(
+    tiny, built, packed_batch
+):
+    """And dropout and noise are the student's alone, and the teacher gets no gradient."""
+    model, params, teacher, teacher_params = student_and_teacher(tiny, built)
+    dropping = built(tiny(**WIDER, dropout=0.5))[0]
+    batch = micro_batch(packed_batch) | {"dropout_key": jax.random.key(0), "noise_key": jax.random.key(1)}
+    config = ObjectiveConfig(1e-3, neftune_alpha=5.0, beta=0.3, temperature=1.5, top_k=3)
+    packed = dict(positions_BT=batch["positions_BT"], segments_BT=batch["segments_BT"])
+    logits_BTV = np.float64(jax.jit(teacher.forward)(teacher_params, batch["tokens_BT"], **packed)) / 1.5
+    order_BTV = np.argsort(-logits_BTV, axis=-1)
+    p_BTV = np.take_along_axis(np.exp(logits_BTV), order_BTV, axis=-1)
+    p_BTV /= p_BTV.sum(axis=-1, keepdims=True)
+    p_BTJ = np.concatenate([p_BTV[..., :3], p_BTV[..., 3:].sum(axis=-1, keepdims=True)], axis=-1)
+    stored = batch | {"teacher_ids_BTK": order_BTV[..., :3], "teacher_logp_BTJ": np.float32(np.log(p_BTJ))}
+    (expected_loss, metrics), expected = jax.jit(jax.value_and_grad(stored_distillation(model, config), has_aux=True))(
+        params, stored
+    )
+    loss, gradients = with_gradients(model, dropping, config)(params, teacher_params, batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), gradients[0], expected)
+    assert not any(np.any(x) for x in jax.tree.leaves(gradients[1]))
+    assert metrics["jsd"].count == metrics["nll"].count == batch["mask_BT"].sum()
+
+
+def test_what_is_stored_at_masked_positions_changes_nothing(tiny, built, packed_batch):
+    model, params = built(tiny())
+    batch, both = (
+        micro_batch(packed_batch),
+        jax.jit(jax.value_and_grad(stored_distillation(model, MIXED), has_aux=True)),
+    )
+    draw = np.random.default_rng(0)
+    shape, outside = batch["mask_BT"].shape, ~batch["mask_BT"][..., None]
+    ids_BTK = np.argsort(draw.random((*shape, 40)))[..., :3]
+    logp_BTJ = np.float32(np.log(draw.dirichlet(np.ones(4), shape)))
+    other = {"teacher_ids_BTK": ids_BTK, "teacher_logp_BTJ": logp_BTJ}
+    padded = {name: np.where(outside, 0, array).astype(array.dtype) for name, array in other.items()}
+    with jax.debug_nans(True):
+        found, expected = (both(params, batch | stored) for stored in (padded, other))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("top_k", [0, 40])
+def test_likeliest_tokens_that_are_none_or_leave_none_are_refused(tiny, built, top_k):
+    teacher = built(tiny())[0]
+    with pytest.raises(ValueError, match=rf"objective\.top_k={top_k} must be at least 1 and less than .* of 40 ids"):
+        likeliest(teacher, ObjectiveConfig(0.0, top_k=top_k))
+    if top_k:
+        with pytest.raises(ValueError, match="top_k=40 must be"):
+            distillation(teacher, teacher, ObjectiveConfig(0.0, top_k=top_k))
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_a_mesh_changes_neither_loss_nor_gradient(tiny, built, packed_batch, mesh, top_k):
     """A wider teacher, both vocabularies sharded, and noise, which is the same wherever it is drawn."""
     (model, params), (teacher, teacher_params) = (built(tiny(head_width=8, **x)) for x in ({}, dict(width=24)))
     batch = {name: x[0] for name, x in packed_batch(1, 8, 8).items()}
-    config = ObjectiveConfig(0.0, beta=0.4, neftune_alpha=5.0)
+    config = ObjectiveConfig(0.0, beta=0.4, neftune_alpha=5.0, top_k=top_k)
 
     def loss(params, teacher_params, batch):
         batch |= {"noise_key": jax.random.key(0)}
@@ -334,6 +394,9 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, built):
         (dict(neftune_alpha=-1.0), r"objective\.neftune_alpha=-1\.0 must not be negative"),
         (dict(beta=1.5), r"objective\.beta=1\.5 must be in \[0, 1\]: 0 is forward KL, 1 reverse"),
         (dict(hard_weight=-0.1), r"objective\.hard_weight=-0\.1 must be in \[0, 1\]: 0 is the teacher alone"),
+        (dict(top_k=-1), r"objective\.top_k=-1 must not be negative"),
+        (dict(store_teacher=True), r"objective\.store_teacher=True stores .*top_k=0 tokens .*set top_k to 1 or more"),
+        (dict(store_teacher=True, top_k=2, student_fraction=0.1), r"and student_fraction=0\.1 to 0"),
         (dict(temperature=0.0), r"objective\.temperature=0\.0 must be positive and finite"),
         (dict(temperature=float("inf")), r"objective\.temperature=inf must be positive and finite"),
     ],
