@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxllm import checkpoint, workdir
+from jaxllm import workdir
 from jaxllm.configure import nearest, section
 from jaxllm.data import loader, tokens
 from jaxllm.data.config import DataConfig
@@ -164,12 +163,11 @@ def distill(config: RunConfig, directory: Path) -> Stage:
             f"({stage.tokenizer.vocab_size} ids), so its distributions are over other tokens: set config.start or "
             "tokenizer.path to what shares its tokenizer, or let it write data (experiments/distill_data.py)"
         )
-    online = distillation(stage.model, teacher.model, config.objective)
     if config.objective.store_teacher:
         objective = stored_distillation(stage.model, config.objective)
         return stage._replace(objective=objective, **_batches(config, _taught(config, stage, teacher, directory)))
     return stage._replace(
-        objective=online,
+        objective=distillation(stage.model, teacher.model, config.objective),
         frozen={"teacher_params": teacher},
         rollout=_own_answers(config, stage, directory) if config.objective.student_fraction else None,
     )
@@ -220,20 +218,12 @@ def _taught(config: RunConfig, stage: Stage, teacher: workdir.Saved, directory: 
         tokens.prepare(config.data, stage.tokenizer, directory=cache),
         teacher.model,
         teacher.params,
-        identity=_identity(config.teacher),
+        identity=teacher.identity,
         data=config.data,
         objective=config.objective,
         directory=cache,
         batch_size=config.loop.batch_size // config.loop.micro_batches,
     )
-
-
-def _identity(directory: str) -> str:
-    """Tells the newest checkpoint of a run from all others: the names of its files are drawn at random."""
-    checkpoints = Path(directory) / "checkpoints"
-    step = next(checkpoint.whole_steps(checkpoints), "")
-    files = sorted(str(path.relative_to(checkpoints)) for path in (checkpoints / str(step)).rglob("*"))
-    return json.dumps([workdir.config(directory)["model"], files])
 
 
 def _report(name: str, store: tokens.Split, rows: Mapping[str, dict]) -> dict[str, Any]:

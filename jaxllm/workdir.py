@@ -63,6 +63,7 @@ class Saved(NamedTuple):
     model: Model
     tokenizer: Tokenizer
     params: Callable[..., Tree]  # (shardings=None); without them on the first device
+    identity: str  # tells these parameters from all others
 
 
 def saved(directory: str | os.PathLike, *, step: int | None = None) -> Saved:
@@ -74,7 +75,15 @@ def saved(directory: str | os.PathLike, *, step: int | None = None) -> Saved:
     def params(shardings: Tree = None) -> Tree:
         return checkpoint.restore_params(Path(directory) / "checkpoints", step=step, shardings=shardings)
 
-    return Saved(model, tokens, params)
+    return Saved(model, tokens, params, _identity(directory, values, step))
+
+
+def _identity(directory: str | os.PathLike, values: Mapping, step: int | None) -> str:
+    """Of the run's parameters: the names of a checkpoint's files are drawn at random when it is saved."""
+    checkpoints = Path(directory) / "checkpoints"
+    step = next(checkpoint.whole_steps(checkpoints), "") if step is None else step
+    files = sorted(str(path.relative_to(checkpoints)) for path in (checkpoints / str(step)).rglob("*"))
+    return json.dumps([values["model"], files])
 
 
 def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Tree, Tokenizer]:

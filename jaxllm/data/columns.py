@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxllm.data.tokens import TokenStore, _mapped, _write_whole, open_store
+from jaxllm.data.tokens import TokenStore, mapped, open_store, write_whole
 
 # The dtype and the numbers per token of each column, by its name in a batch.
 Kinds = Mapping[str, tuple[str, int]]
@@ -29,7 +29,7 @@ class AnnotatedStore(TokenStore):
         """[num_tokens, K] each, mapped from its file."""
         kinds = json.loads((self.beside / "columns.json").read_text(encoding="utf-8"))
         return {
-            name: _mapped(self.beside / f"{name}.bin", dtype, self.num_tokens * width).reshape(-1, width)
+            name: mapped(self.beside / f"{name}.bin", dtype, self.num_tokens * width).reshape(-1, width)
             for name, (dtype, width) in kinds.items()
         }
 
@@ -43,7 +43,7 @@ def annotated(store: TokenStore, beside: Path, kinds: Kinds, parts: Callable[[],
     Its name is that of their content: whoever asks for others gives another. Lines in no part are zeros.
     """
     if not beside.is_dir():
-        _write_whole(beside, lambda partial: _write(partial, store.num_tokens, kinds, parts()))
+        write_whole(beside, lambda partial: _write(partial, store.num_tokens, kinds, parts()))
     return open_annotated(store.directory, beside)
 
 

@@ -58,17 +58,17 @@ class TokenStore:
     @functools.cached_property
     def tokens(self) -> np.ndarray:
         """Flat ids, uint16 or uint32, mapped from the file."""
-        return _mapped(self.directory / "tokens.bin", self.dtype, self.num_tokens)
+        return mapped(self.directory / "tokens.bin", self.dtype, self.num_tokens)
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
         """int64, one more than documents: document i is tokens[offsets[i]:offsets[i + 1]]."""
-        return _mapped(self.directory / "offsets.bin", "int64", self.num_documents + 1)
+        return mapped(self.directory / "offsets.bin", "int64", self.num_documents + 1)
 
     @functools.cached_property
     def supervised(self) -> np.ndarray | None:
         """bool per token of conversations; None of texts, in which every token is."""
-        return _mapped(self.directory / "supervised.bin", "bool", self.num_tokens) if self.chat else None
+        return mapped(self.directory / "supervised.bin", "bool", self.num_tokens) if self.chat else None
 
     @property
     def offsets_of_tasks(self) -> dict[str, np.ndarray]:
@@ -132,7 +132,7 @@ def _prepared(name: str, source: SourceConfig, config: DataConfig, tokenizer: To
     fingerprint = hashlib.sha256(json.dumps(content + _options(source)).encode()).hexdigest()
     place = directory / f"{name}-{fingerprint[:16]}"
     if not place.is_dir():
-        _write_whole(place, lambda partial: _tokenise(name, source, config, tokenizer, partial, fingerprint))
+        write_whole(place, lambda partial: _tokenise(name, source, config, tokenizer, partial, fingerprint))
     return Split(*(open_store(place / side) for side in (TRAIN, VALIDATION)))
 
 
@@ -143,7 +143,7 @@ def _options(source: SourceConfig) -> list[tuple[str, Any]]:
     return [(option.name, value) for option, value in values if value != option.default] + template
 
 
-def _write_whole(place: Path, write: Callable[[Path], None]) -> None:
+def write_whole(place: Path, write: Callable[[Path], None]) -> None:
     """Runs `write` in a directory beside `place` and renames it: what bears the name is whole, whoever was killed."""
     partial = place.with_name(f"{place.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir(parents=True)
@@ -251,7 +251,7 @@ class _Writer:
         order = np.lexsort((np.array(self._keys, np.uint64), [place[task] for task in self._tasks]))
         for name, dtype in self._columns.items():
             path = Path(self._arrived[name].name)
-            arrived = _mapped(path, dtype, self.num_tokens)
+            arrived = mapped(path, dtype, self.num_tokens)
             # written, not mapped: on a full disk a write fails, a mapped page kills the process
             with (self.directory / f"{name}.bin").open("wb") as file:
                 for index in order:
@@ -271,7 +271,7 @@ class _Writer:
         (self.directory / "store.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def _mapped(path: Path, dtype: str | np.dtype, length: int) -> np.ndarray:
+def mapped(path: Path, dtype: str | np.dtype, length: int) -> np.ndarray:
     size = length * np.dtype(dtype).itemsize
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, not {size}")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.einsum import einsum
-from jaxllm.losses.logprobs import _chunks, _joined
+from jaxllm.losses.logprobs import chunks_of, joined
 
 
 def generalized_jsd(
@@ -129,8 +129,8 @@ def chunked_top_k_jsd(
 def _in_chunks(part, chunk, *arrays):
     """``part(*arrays)`` per token, ``chunk`` positions at a time; nothing of a chunk is kept for the backward pass."""
     part = jax.checkpoint(part, policy=jax.checkpoint_policies.nothing_saveable)
-    per_token = jax.lax.map(lambda parts: part(*parts), _chunks(chunk, *arrays))
-    return jax.tree.map(lambda chunks: _joined(chunks, arrays[0].shape[1]), per_token)
+    per_token = jax.lax.map(lambda parts: part(*parts), chunks_of(chunk, *arrays))
+    return jax.tree.map(lambda chunks: joined(chunks, arrays[0].shape[1]), per_token)
 
 
 def _logits(hidden_BTD, head_DV, soft_cap, operand_dtype):

@@ -38,9 +38,9 @@ def chunked_token_logprobs(
     B, T, D = hidden_BTD.shape
     score = partial(_chunk_scores, temperature=temperature, soft_cap=soft_cap, operand_dtype=operand_dtype)
     score = jax.checkpoint(score, policy=jax.checkpoint_policies.nothing_saveable)
-    chunks = _chunks(chunk, hidden_BTD, tokens_BT)
+    chunks = chunks_of(chunk, hidden_BTD, tokens_BT)
     scores = jax.lax.map(lambda part: score(part[0], head_DV, part[1]), chunks)
-    return tuple(_joined(x, T) for x in scores)
+    return tuple(joined(x, T) for x in scores)
 
 
 def chunked_cross_entropy(
@@ -93,9 +93,9 @@ def _cross_entropy_forward(hidden_BTD, head_DV, tokens_BT, weight_BT, options):
     T = hidden_BTD.shape[1]
     zeros = (jnp.zeros((), jnp.float32), jnp.zeros_like(head_DV))
     (loss, head_grad_DV), (logp, hidden_grad) = jax.lax.scan(
-        step, zeros, _chunks(chunk, hidden_BTD, tokens_BT, weight_BT)
+        step, zeros, chunks_of(chunk, hidden_BTD, tokens_BT, weight_BT)
     )
-    return (loss, _joined(logp, T)), (_joined(hidden_grad, T), head_grad_DV)
+    return (loss, joined(logp, T)), (joined(hidden_grad, T), head_grad_DV)
 
 
 def _cross_entropy_backward(options, gradients, cotangents):
@@ -107,7 +107,7 @@ def _cross_entropy_backward(options, gradients, cotangents):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def chunks_of(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Each [B, T, ...] as [T / chunk, B, chunk, ...], padded with zeros to whole chunks."""
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1 position")
@@ -121,7 +121,7 @@ def _chunks(chunk: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(map(cut, arrays))
 
 
-def _joined(chunks: jax.Array, T: int) -> jax.Array:
+def joined(chunks: jax.Array, T: int) -> jax.Array:
     """[T / chunk, B, chunk, ...] back as the first T positions of [B, T, ...]."""
     _, B, _, *rest = chunks.shape
     return jnp.moveaxis(chunks, 0, 1).reshape(B, -1, *rest)[:, :T]

@@ -53,8 +53,8 @@ def cispo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantages_BT: jax.Array, 
     """per_token_BT: -stop(min(r, 1 + clip_high)) A logp, r = exp(logp - old_logp).
 
     REINFORCE with a truncated importance weight: unlike a clipped ratio, it takes the gradient of no token away
-    (MiniMax-M1, Chen et al. 2025, arXiv:2506.13585, section 3.1, which leaves the lower side unclipped too). TRL's
-    epsilon_high is 1 + clip_high. Raises ``ValueError`` where clip_high is not positive.
+    (MiniMax-M1, Chen et al. 2025, arXiv:2506.13585, which leaves the lower side unclipped too). TRL's epsilon_high is
+    1 + clip_high. Raises ``ValueError`` where clip_high is not positive.
     """
     _check_positive("clip_high", clip_high)
     weight_BT = jnp.minimum(_ratio(logp_BT - old_logp_BT), 1 + clip_high)
@@ -64,8 +64,8 @@ def cispo(logp_BT: jax.Array, old_logp_BT: jax.Array, advantages_BT: jax.Array, 
 def value_clip(values_BT: jax.Array, old_values_BT: jax.Array, returns_BT: jax.Array, *, clip: float) -> jax.Array:
     """per_token_BT: max((v - R)^2, (old + clip(v - old, -clip, clip) - R)^2) / 2, in units of the return.
 
-    Of PPO's reference code, not its paper (Engstrom et al. 2020, arXiv:2005.12729, section 3); ``clip`` is absolute,
-    infinity for none. Raises ``ValueError`` where it is not positive.
+    Of PPO's reference code, not its paper (Engstrom et al. 2020, arXiv:2005.12729); ``clip`` is absolute, infinity for
+    none. Raises ``ValueError`` where it is not positive.
     """
     _check_positive("clip", clip)
     near_BT = old_values_BT + jnp.clip(values_BT - old_values_BT, -clip, clip)

@@ -11,8 +11,8 @@ from jaxllm.tree import Tree
 
 
 def head(config: DecoderConfig, params: Tree) -> jax.Array:
-    """head_DV: the embedding's transpose where they are tied."""
-    return params["embedding"]["table"].T if config.tied_head else params["head"]["kernel"]
+    """head_DV, its shards gathered: the embedding's transpose where they are tied."""
+    return place(params["embedding"]["table"].T if config.tied_head else params["head"]["kernel"], "dv")
 
 
 def logits(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array) -> jax.Array:
@@ -29,7 +29,7 @@ def score(
     """
     return chunked_token_logprobs(
         hidden_BTD,
-        place(head(config, params), "dv"),
+        head(config, params),
         tokens_BT,
         chunk=config.loss_chunk,
         temperature=temperature,
@@ -42,7 +42,7 @@ def cross_entropy(config: DecoderConfig, params: Tree, hidden_BTD, tokens_BT, we
     """(loss, logp_BT) of ``tokens_BT`` under this model's head: ``chunked_cross_entropy`` as the config says."""
     return chunked_cross_entropy(
         hidden_BTD,
-        place(head(config, params), "dv"),
+        head(config, params),
         tokens_BT,
         weight_BT,
         chunk=config.loss_chunk,

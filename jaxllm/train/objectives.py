@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxllm.losses import chunked_generalized_jsd, chunked_top_k, chunked_top_k_jsd
 from jaxllm.metrics import Ratio
 from jaxllm.model import Model, heads
-from jaxllm.sharding import place, spec
+from jaxllm.sharding import spec
 from jaxllm.tree import Tree
 
 Batch = dict[str, jax.Array]
@@ -102,7 +102,7 @@ def stored_distillation(model: Model, config: ObjectiveConfig) -> Objective:
         hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
         stored = batch["teacher_ids_BTK"], batch["teacher_logp_BTJ"]
         how = _distributions(model, config)
-        jsd_BT = chunked_top_k_jsd(hidden_BTD, _head(model, params), *stored, beta=config.beta, **how)
+        jsd_BT = chunked_top_k_jsd(hidden_BTD, heads.head(model.config, params), *stored, beta=config.beta, **how)
         return _mixed(model, config, params, batch, hidden_BTD, jsd_BT)
 
     return objective
@@ -122,7 +122,7 @@ def likeliest(teacher: Model, config: ObjectiveConfig) -> Callable[[Tree, Batch]
     def say(teacher_params: Tree, batch: Batch) -> Batch:
         hidden_BTD = _teacher_hidden(teacher, teacher_params, batch)
         how = _distributions(teacher, config)
-        ids_BTK, logp_BTJ = chunked_top_k(hidden_BTD, _head(teacher, teacher_params), k=config.top_k, **how)
+        ids_BTK, logp_BTJ = chunked_top_k(hidden_BTD, heads.head(teacher.config, teacher_params), k=config.top_k, **how)
         return {"teacher_ids_BTK": ids_BTK, "teacher_logp_BTJ": logp_BTJ}
 
     return say
@@ -149,9 +149,9 @@ def _whole_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -
         hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
         jsd_BT = chunked_generalized_jsd(
             hidden_BTD,
-            _head(model, params),
+            heads.head(model.config, params),
             _teacher_hidden(teacher, teacher_params, batch),
-            _head(teacher, teacher_params),
+            heads.head(teacher.config, teacher_params),
             beta=config.beta,
             teacher_soft_cap=teacher.config.logit_soft_cap,
             **_distributions(model, config),
@@ -199,11 +199,6 @@ def _mixed(model, config, params, batch, hidden_BTD, jsd_BT):
     soft = config.temperature**2 * jnp.sum(weight_BT * jnp.where(weight_BT > 0, jsd_BT, 0.0))
     loss = config.hard_weight * hard + (1 - config.hard_weight) * soft
     return loss, {"nll": _mean(-logp_BT, mask_BT), "jsd": _mean(jsd_BT, mask_BT)}
-
-
-def _head(model: Model, params: Tree) -> jax.Array:
-    """head_DV, its shards gathered once and not for every chunk of positions."""
-    return place(heads.head(model.config, params), "dv")
 
 
 def _mean(x_BT: jax.Array, mask_BT: jax.Array) -> Ratio:

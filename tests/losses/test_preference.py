@@ -165,10 +165,10 @@ def test_swapping_chosen_and_rejected_negates_the_margin():
     np.testing.assert_allclose(more_B, 0.3 * margin_B, atol=1e-6)
 
 
-def test_the_margin_of_a_long_answer_keeps_its_digits():
-    """Near the reference, a step of 1e-3 nats on answers of 3,000 nats is not lost in the difference of answers."""
-    long = [jnp.float32([x]) for x in (-3000.0009765625, -5.0, -3000.0, -5.0)]
-    np.testing.assert_allclose(log_ratio_margin(*long), [-0.0009765625], rtol=1e-6)
+def test_the_margin_of_a_short_answer_keeps_its_digits_beside_a_long_one():
+    """A step of 1e-3 nats from the reference is not rounded to what a rejected answer of 3,000 nats can tell."""
+    pair = [jnp.float32([x]) for x in (-5.001, -3000.3, -5.0, -3000.3)]
+    np.testing.assert_allclose(log_ratio_margin(*pair), pair[0] - pair[2], rtol=1e-6)
 
 
 @cases(REFERENCED)
