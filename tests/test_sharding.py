@@ -85,3 +85,14 @@ def test_rows_of_a_batch_are_spread_over_replica_and_fsdp(make_mesh):
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(make_mesh):
     with pytest.raises(ValueError, match=r"a micro-batch of 6 sequences is not a multiple of mesh replica x fsdp = 4"):
         sharding.global_batch({"tokens_BT": np.zeros((1, 6, 3))}, make_mesh(2, 2, 2))
+
+
+def test_gathered_parameters_are_whole_for_every_row_and_still_cut_over_heads(make_mesh):
+    mesh = make_mesh(2, 2, 2)
+    x_DF = np.arange(32.0).reshape(4, 8)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(x_DF, jax.NamedSharding(mesh, jax.P("fsdp", "tensor")))
+        whole = jax.jit(sharding.gathered)(given)
+    assert whole.sharding.spec == jax.P(None, "tensor")
+    np.testing.assert_array_equal(whole, x_DF)
+    assert sharding.gathered(given := jax.numpy.ones((2, 2))) is given

@@ -6,12 +6,6 @@ import numpy as np
 import pytest
 
 from jaxllm import losses
-from jaxllm.losses import constant_weights, kl_k3, ppo_clip, sequence_weights, token_weights
-
-gae = jax.jit(losses.gae, static_argnames=("gamma", "lam"))
-whiten = jax.jit(losses.whiten, static_argnames=("shift_mean",))
-group_advantages = jax.jit(losses.group_advantages, static_argnames=("scale",))
-leave_one_out_advantages = jax.jit(losses.leave_one_out_advantages)
 
 B, T, P, C = 4, 8, 3, 5
 DRAW = np.random.default_rng(0)
@@ -20,7 +14,18 @@ REWARDS_BT, VALUES_BT = DRAW.normal(size=(2, B, T))
 MASK_BT = np.array([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 1, 0], [0] * 8, [1] * 8], bool)
 REWARDS_PC = DRAW.normal(size=(P, C))
 LOGP_BT, OLD_BT = -3 * DRAW.random((2, B, T))
-CLIPS = dict(clip_low=0.2, clip_high=0.3)
+
+
+def compiled(function, *static):
+    """The function as one program, from and to NumPy."""
+    program = jax.jit(function, static_argnames=static)
+    return lambda *arrays, **options: jax.tree.map(np.asarray, program(*arrays, **options))
+
+
+gae = compiled(losses.gae, "gamma", "lam")
+whiten = compiled(losses.whiten, "shift_mean")
+group_advantages = compiled(losses.group_advantages, "scale")
+leave_one_out_advantages = compiled(losses.leave_one_out_advantages)
 
 
 def gae_oracle(gamma, lam):
@@ -75,15 +80,15 @@ def test_whatever_stands_at_masked_positions_reaches_no_advantage(garbage):
         np.testing.assert_array_equal(found_BT, same_BT)
         assert not np.any(found_BT[~MASK_BT])
     for shift_mean in (True, False):
-        found_BT = np.asarray(whiten(values_BT, MASK_BT, shift_mean=shift_mean))
-        same_BT = np.asarray(whiten(VALUES_BT, MASK_BT, shift_mean=shift_mean))
+        found_BT = whiten(values_BT, MASK_BT, shift_mean=shift_mean)
+        same_BT = whiten(VALUES_BT, MASK_BT, shift_mean=shift_mean)
         np.testing.assert_array_equal(found_BT[MASK_BT], same_BT[MASK_BT])
 
 
 def test_advantages_are_constants():
     def total(rewards_BT, values_BT):
-        made = *gae(rewards_BT, values_BT, MASK_BT, gamma=0.9, lam=0.8), whiten(values_BT, MASK_BT)
-        groups = group_advantages(rewards_BT, scale="std"), leave_one_out_advantages(rewards_BT)
+        made = *losses.gae(rewards_BT, values_BT, MASK_BT, gamma=0.9, lam=0.8), losses.whiten(values_BT, MASK_BT)
+        groups = losses.group_advantages(rewards_BT, scale="std"), losses.leave_one_out_advantages(rewards_BT)
         return sum(jnp.sum(jnp.sin(x)) for x in made + groups)
 
     for gradient_BT in jax.jit(jax.grad(total, argnums=(0, 1)))(jnp.float32(REWARDS_BT), jnp.float32(VALUES_BT)):
@@ -104,11 +109,11 @@ def test_whitened_positions_have_mean_0_and_biased_variance_1_and_the_mean_may_s
     x_BT = scale * VALUES_BT + offset
     valid = x_BT[MASK_BT]
     mean, variance = statistics.fmean(valid), statistics.pvariance(valid)
-    found_BT = np.asarray(whiten(x_BT, MASK_BT))
+    found_BT = whiten(x_BT, MASK_BT)
     np.testing.assert_allclose(found_BT[MASK_BT], (valid - mean) / np.sqrt(variance + 1e-8), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(np.mean(found_BT[MASK_BT], dtype=float), 0.0, atol=1e-6)
     np.testing.assert_allclose(np.var(found_BT[MASK_BT], dtype=float), variance / (variance + 1e-8), rtol=1e-6)
-    kept_BT = np.asarray(whiten(x_BT, MASK_BT, shift_mean=False))
+    kept_BT = whiten(x_BT, MASK_BT, shift_mean=False)
     np.testing.assert_allclose(kept_BT[MASK_BT], found_BT[MASK_BT] + mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found_BT[~MASK_BT], np.float32(x_BT)[~MASK_BT])
 
@@ -175,17 +180,17 @@ ADVANTAGES = {
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_equal_rewards_give_exactly_0_beside_groups_that_differ(name):
     """0.1 seven times has a float32 mean that is not 0.1."""
-    for completions in (2, 3, 7, 16):
+    for completions in (3, 7):
         rewards_PC = np.tile([[0.1], [-3.3], [0.0]], (1, completions))
         rewards_PC = np.concatenate([rewards_PC, DRAW.normal(size=(1, completions))])
         with jax.debug_nans(True):
-            found_PC = np.asarray(ADVANTAGES[name](rewards_PC))
+            found_PC = ADVANTAGES[name](rewards_PC)
         assert not np.any(found_PC[:3]) and np.all(found_PC[3])
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_prompts_do_not_see_each_other_and_completions_may_be_shuffled(name):
-    found_PC, order = np.asarray(ADVANTAGES[name](REWARDS_PC)), DRAW.permutation(C)
+    found_PC, order = ADVANTAGES[name](REWARDS_PC), DRAW.permutation(C)
     np.testing.assert_array_equal(ADVANTAGES[name](REWARDS_PC[1:2]), found_PC[1:2])
     np.testing.assert_allclose(ADVANTAGES[name](REWARDS_PC[:, order]), found_PC[:, order], atol=1e-6)
     np.testing.assert_allclose(found_PC.sum(axis=1), 0.0, atol=1e-6)
@@ -196,7 +201,7 @@ def test_prompts_do_not_see_each_other_and_completions_may_be_shuffled(name):
 def test_a_reward_that_is_not_finite_is_left_out_of_its_group(name, missing):
     rewards_PC = REWARDS_PC.copy()
     rewards_PC[0, 1], rewards_PC[1, :], rewards_PC[2, 1:] = missing, missing, missing
-    found_PC = np.asarray(ADVANTAGES[name](rewards_PC))
+    found_PC = ADVANTAGES[name](rewards_PC)
     np.testing.assert_allclose(found_PC[0, [0, 2, 3, 4]], ADVANTAGES[name](REWARDS_PC[:1, [0, 2, 3, 4]])[0], atol=1e-6)
     assert found_PC[0, 1] == 0 and not np.any(found_PC[1:])
 
@@ -215,59 +220,55 @@ def test_an_unknown_scale_is_refused():
 # ---- what a policy's loss makes of them ----
 
 
-@jax.jit
-def batch_loss(logp_BT, old_BT, advantages_B, weight_BT, beta=0.0):
-    """GRPO's, with the reference where the sampler was."""
+@compiled
+@jax.value_and_grad
+def grpo(logp_BT, old_BT, advantages_B, weight_BT, beta):
+    """With the reference where the sampler was."""
     advantages_BT = jnp.broadcast_to(advantages_B[:, None], logp_BT.shape)
-    per_token_BT = ppo_clip(logp_BT, old_BT, advantages_BT, **CLIPS) + beta * kl_k3(logp_BT, old_BT)
-    return jnp.sum(weight_BT * per_token_BT)
+    per_token_BT = losses.ppo_clip(logp_BT, old_BT, advantages_BT, clip_low=0.2, clip_high=0.3)
+    return jnp.sum(weight_BT * (per_token_BT + beta * losses.kl_k3(logp_BT, old_BT)))
 
 
 def test_the_first_update_of_grpo_has_loss_0_and_a_gradient_and_a_group_of_equal_rewards_has_none():
-    mask_BT = np.arange(T) < np.array([[2], [8], [3], [5]])
-    logp_BT, weight_BT = jnp.float32(LOGP_BT), sequence_weights(mask_BT)
-    loss = jax.jit(jax.value_and_grad(batch_loss))
-    value, gradient_BT = loss(logp_BT, logp_BT, group_advantages([[1, 0], [0, 1]], scale="std").ravel(), weight_BT)
+    weight_BT = np.asarray(losses.sequence_weights(np.arange(T) < np.array([[2], [8], [3], [5]])))
+    advantages_B = group_advantages(np.array([[1, 0], [0, 1]]), scale="std").ravel()
+    value, gradient_BT = grpo(LOGP_BT, LOGP_BT, advantages_B, weight_BT, 0.0)
     assert abs(value) <= 1e-7 and np.linalg.norm(gradient_BT) > 0.1
     for scale in ("std", "none"):
         equal_B = group_advantages(np.full((2, 2), 0.7), scale=scale).ravel()
-        value, gradient_BT = loss(logp_BT, logp_BT, equal_B, weight_BT)
+        value, gradient_BT = grpo(LOGP_BT, LOGP_BT, equal_B, weight_BT, 0.0)
         assert value == 0 and not np.any(gradient_BT)
 
 
-def test_each_way_to_weigh_tokens_on_a_worked_example():
+@pytest.mark.parametrize(
+    "weigh, expected",
+    [
+        (losses.token_weights, (-1 + 3) / 4),  # DAPO: every token alike
+        (losses.sequence_weights, (-1 / 1 + 3 / 3) / 2),  # GRPO: every answer alike
+        (lambda mask_BT: losses.constant_weights(mask_BT, length=4), (-1 + 3) / (2 * 4)),  # Dr. GRPO: over a constant
+    ],
+)
+def test_each_way_to_weigh_tokens_on_a_worked_example(weigh, expected):
     """Two answers of 1 and 3 tokens with advantages 1 and -1, ratio 1, rows of 4."""
-    mask_BT, logp_BT, advantages_B = (
-        np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool),
-        jnp.zeros((2, 4)),
-        jnp.array([1.0, -1]),
-    )
-    for weight_BT, expected in (
-        (token_weights(mask_BT), (-1 + 3) / 4),  # DAPO: every token alike
-        (sequence_weights(mask_BT), (-1 / 1 + 3 / 3) / 2),  # GRPO: every answer alike
-        (constant_weights(mask_BT, length=4), (-1 + 3) / (2 * 4)),  # Dr. GRPO: over a constant
-    ):
-        per_token_BT = ppo_clip(logp_BT, logp_BT, advantages_B[:, None] * jnp.ones((2, 4)), **CLIPS)
-        np.testing.assert_allclose(jnp.sum(weight_BT * per_token_BT), expected, atol=1e-6)
+    mask_BT, logp_BT = np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool), np.full((2, 4), -0.7)
+    value, _ = grpo(logp_BT, logp_BT, np.array([1.0, -1.0]), np.asarray(weigh(mask_BT)), 0.0)
+    np.testing.assert_allclose(value, expected, atol=1e-6)
 
 
 def test_shuffled_rows_and_micro_batches_give_the_same_gradient():
-    weight_BT, advantages_B = token_weights(MASK_BT), jnp.float32(REWARDS_BT[:, 0])
-    arrays = (jnp.float32(LOGP_BT), jnp.float32(OLD_BT), advantages_B, weight_BT)
-    gradient = jax.jit(jax.grad(batch_loss))
-    whole_BT, order = gradient(*arrays), np.array([2, 0, 3, 1])
-    np.testing.assert_array_equal(gradient(*(x[order] for x in arrays)), whole_BT[order])
-    parts = [gradient(*(x[rows] for x in arrays)) for rows in (slice(0, 1), slice(1, 4))]
+    arrays, order = (LOGP_BT, OLD_BT, REWARDS_BT[:, 0], np.asarray(losses.token_weights(MASK_BT))), [2, 0, 3, 1]
+    _, whole_BT = grpo(*arrays, 0.1)
+    np.testing.assert_array_equal(grpo(*(x[order] for x in arrays), 0.1)[1], whole_BT[order])
+    parts = [grpo(*(x[rows] for x in arrays), 0.1)[1] for rows in (slice(0, 1), slice(1, 4))]
     np.testing.assert_array_equal(np.concatenate(parts), whole_BT)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.2])
 def test_the_kl_term_is_proportional_to_its_coefficient(beta):
-    arrays = jnp.float32(LOGP_BT), jnp.float32(OLD_BT), jnp.float32(REWARDS_BT[:, 0]), token_weights(MASK_BT)
-    more = batch_loss(*arrays, beta=beta) - batch_loss(*arrays)
+    arrays = LOGP_BT, OLD_BT, REWARDS_BT[:, 0], np.asarray(losses.token_weights(MASK_BT))
     difference = (OLD_BT - LOGP_BT)[MASK_BT]
-    expected = np.mean(np.exp(difference) - 1 - difference)
-    np.testing.assert_allclose(more, beta * expected, atol=2e-6)
+    expected = beta * np.mean(np.exp(difference) - 1 - difference)
+    np.testing.assert_allclose(grpo(*arrays, beta)[0] - grpo(*arrays, 0.0)[0], expected, atol=2e-6)
 
 
 # ---- sharded ----
@@ -279,8 +280,8 @@ def test_rows_and_prompts_sharded_over_the_mesh_give_the_same(mesh):
 
     @jax.jit
     def every(rewards_BT, values_BT, mask_BT):
-        made = gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=0.8), whiten(values_BT, mask_BT)
-        return *made, group_advantages(rewards_BT, scale="std"), leave_one_out_advantages(rewards_BT)
+        made = *losses.gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=0.8), losses.whiten(values_BT, mask_BT)
+        return *made, losses.group_advantages(rewards_BT, scale="std"), losses.leave_one_out_advantages(rewards_BT)
 
     found = jax.tree.leaves(every(*(jax.device_put(x, rows) for x in arrays)))
     for sharded, whole in zip(found, jax.tree.leaves(every(*arrays)), strict=True):

@@ -73,7 +73,8 @@ def values_and_gradients(loss, options, *arrays):
 
 def ours(loss, *arrays, **options):
     """The loss of each token, and the gradient of their sum for every array."""
-    return values_and_gradients(loss, tuple(options.items()), *(jnp.float32(x) for x in arrays))
+    outputs = values_and_gradients(loss, tuple(options.items()), *(np.float32(x) for x in arrays))
+    return jax.tree.map(np.asarray, outputs)
 
 
 def slope(function, x, step=1e-6):
