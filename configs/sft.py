@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a pretrained model on instructions, with some of the pretraining text against forgetting.
 
-python experiments/train.py --config=configs/sft.py --workdir=runs/sft --config.start=runs/pretrain
+python experiments/train.py --config=configs/sft.py --workdir=runs/sft --config.start=runs/pretrain \\
     --config.data.sources.chat.path=instructions.json
 
 Any .json, .jsonl or .parquet of conversations will do: their format is detected. Two CPU cores, three minutes.
