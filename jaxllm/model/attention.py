@@ -106,8 +106,7 @@ def _einsum_backward(scale, soft_cap, operand_dtype, residuals, out_grad_BTNH):
     q_grad_BKHGT = _wide("bkhs,bksgt->bkhgt", k_BKHS, grad_BKSGT)
     k_grad_BSKH, v_grad_BSKH = (x.transpose(0, 2, 1, 3).astype(out_grad_BTNH.dtype) for x in (k_grad_BKSH, v_grad_BKSH))
     q_grad_BTNH = _ungrouped(q_grad_BKHGT.transpose(0, 1, 3, 4, 2), out_grad_BTNH)
-    # A single head's axis loses its place on the mesh in a reshape.
-    return place(q_grad_BTNH, "btnh"), place(k_grad_BSKH, "bskh"), place(v_grad_BSKH, "bskh"), None
+    return q_grad_BTNH, place(k_grad_BSKH, "bskh"), place(v_grad_BSKH, "bskh"), None
 
 
 _einsum.defvjp(_einsum_forward, _einsum_backward)
@@ -115,13 +114,13 @@ _wide = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _grouped(x_BTNH, K):
-    """As [B, K, G, T, H]."""
+    """As [B, K, G, T, H]. A single head's axis loses its place on the mesh in a reshape."""
     B, T, N, H = x_BTNH.shape
-    return x_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return place(x_BTNH.reshape(B, T, K, N // K, H), "btkgh").transpose(0, 2, 3, 1, 4)
 
 
 def _ungrouped(x_BKGTH, like_BTNH):
-    return x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(like_BTNH.shape).astype(like_BTNH.dtype)
+    return place(x_BKGTH.transpose(0, 3, 1, 2, 4).reshape(like_BTNH.shape), "btnh").astype(like_BTNH.dtype)
 
 
 def _capped(scores, soft_cap):
