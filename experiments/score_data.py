@@ -35,7 +35,7 @@ def main():
     args = parser.parse_args()
     if Path(args.out).exists():
         raise ValueError(f"{args.out} exists: give --out another name")
-    format = resolved(SourceConfig(args.data, format=args.format, packing="best_fit_whole")).format
+    format = resolved(SourceConfig(args.data, format=args.format)).format
     read = functools.partial(conversations.conversation, format=format)
     records = list(DocumentSource(args.data).records())
     asked = [record.parsed(read) for record in records]

@@ -235,7 +235,7 @@ def _validation(run: Run, state: TrainState) -> dict[str, float]:
 def _answered(run: Run, state: TrainState) -> dict[str, float]:
     """How near the answers to held-out prompts come to those of the data; all of them go to ``answers.jsonl``."""
     loop, tokenizer = run.config.loop, run.stage.tokenizer
-    given = run.stage.prompts[: loop.evaluate_answers]
+    given = run.stage.prompts
     prompts, references = [prompt.prompt_ids for prompt in given], [prompt.reference_ids for prompt in given]
     how = dict(max_new_tokens=loop.sample_tokens, sampler=GREEDY, batch_size=min(32, len(given)))
     found = answers(run.stage.model, state.params, prompts, jax.random.key(0), **how)

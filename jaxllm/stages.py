@@ -96,7 +96,7 @@ class Stage(NamedTuple):
     report: dict[str, Any]  # counts of what the data became
     prompt: Callable  # (text) -> ids of it as this stage's model is asked
     keys: tuple[str, ...] = ()  # random keys that training adds to a micro-batch
-    prompts: Sequence[Prompt] = ()  # held out, with the answers that the data give
+    prompts: Sequence[Prompt] = ()  # held out, as many as a validation asks, with the answers that the data give
     start: workdir.Saved | None = None  # the parameters to start from; None: random ones
     frozen: Mapping[str, workdir.Saved] = {}  # further arguments of the objective: parameters that it does not train
     rollout: Callable | None = None  # (params, batch, step) -> the batch to train on
@@ -192,7 +192,7 @@ def _imitation(config: RunConfig, directory: Path) -> Stage:
         report={name: _report(name, store, read["batches"].reports) for name, store in stores.items()},
         prompt=partial(_document, tokenizer),
         keys=tuple(name for name, rate in noise.items() if rate),
-        prompts=_prompts(store.validation for store in stores.values()),
+        prompts=_prompts((store.validation for store in stores.values()), config.loop.evaluate_answers),
         start=workdir.saved(config.start) if config.start else None,
     )
 
@@ -232,8 +232,9 @@ def _report(name: str, store: tokens.Split, rows: Mapping[str, dict]) -> dict[st
     return {"train": store.train.report, "validation": store.validation.report, "rows": own}
 
 
-def _prompts(stores: Iterator[tokens.TokenStore]) -> list[Prompt]:
-    return [prompt for store in stores if store.chat for prompt in prompts(store)]
+def _prompts(stores: Iterator[tokens.TokenStore], count: int | None = None) -> list[Prompt]:
+    """The first ``count`` prompts of the stores that hold conversations, or all."""
+    return [prompt for store in stores if store.chat for prompt in prompts(store, count)][:count]
 
 
 def _own_answers(config: RunConfig, stage: Stage, directory: Path) -> Callable:

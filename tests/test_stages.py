@@ -250,14 +250,14 @@ def test_a_start_that_is_no_run_is_named(values, tmp_path):
 
 
 def test_fine_tuning_learns_answers_and_replayed_texts_whole_and_asks_as_a_user(chat_values, tmp_path):
-    stage = staged(chat_values(objective__neftune_alpha=5.0), tmp_path / "run")
+    stage = staged(chat_values(objective__neftune_alpha=5.0, loop__evaluate_answers=2), tmp_path / "run")
     spelled = set()
     for batch in stage.validation["chat"]:
         spelled |= set(stage.tokenizer.decode(batch["targets_BT"][batch["mask_BT"]]).split("<|end|>"))
     assert len(spelled) > 2 and spelled <= {record["output"] for record in QUESTIONS} | {""}
     assert all(batch["mask_BT"][batch["segments_BT"] > 0].all() for batch in stage.validation["text"])
     assert stage.tokenizer.decode(stage.prompt("Hello?")) == "<|bos|><|user|>Hello?<|end|><|assistant|>"
-    assert stage.keys == ("noise_key",) and len(stage.prompts) == stage.report["chat"]["validation"]["num_documents"]
+    assert stage.keys == ("noise_key",) and len(stage.prompts) == 2
     rows = stage.report["chat"]["rows"]["chat"]
     assert 0 < rows["supervised_fraction"] < 0.5 and rows["pad_fraction"] < 0.5
 
@@ -287,6 +287,7 @@ def test_a_teacher_is_needed_and_one_with_another_tokenizer_is_refused(values, c
 def test_a_student_that_writes_itself_is_asked_the_training_prompts(chat_values, tmp_path):
     teacher = saved_run(chat_values(), tmp_path / "teacher")
     given = chat_values(stage="distill", teacher=teacher, objective__student_fraction=1.0, loop__sample_tokens=4)
+    given["loop"] |= dict(evaluate_answers=40)
     stage = staged(given, tmp_path / "run")
     batch = stage.rollout(jax.jit(stage.model.init)(jax.random.key(0)), {}, 0)
     rows = flat(batch["tokens_BT"]), flat(batch["mask_BT"])

@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import jax
@@ -154,3 +155,14 @@ def test_a_run_loads_as_its_model_the_parameters_of_a_step_and_its_tokenizer(sav
 def test_a_step_that_was_not_kept_is_named(saved_run):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*; it has \[2, 1\]"):
         workdir.load(saved_run, step=7)
+
+
+def test_the_identity_of_a_runs_parameters_changes_with_the_checkpoint_and_with_nothing_else(saved_run):
+    newest = workdir.saved(saved_run).identity
+    assert newest == workdir.saved(saved_run).identity == workdir.saved(saved_run, step=2).identity
+    assert newest != workdir.saved(saved_run, step=1).identity
+    params = workdir.load(saved_run)[1]
+    shutil.rmtree(saved_run / "checkpoints" / "2")
+    with checkpoint.open(saved_run / "checkpoints") as checkpoints:
+        checkpoints.save(2, {"params": params}, position=None, meta={})
+    assert workdir.saved(saved_run, step=2).identity != newest

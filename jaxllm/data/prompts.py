@@ -14,11 +14,12 @@ class Prompt(NamedTuple):
     reference_ids: np.ndarray
 
 
-def prompts(store: TokenStore) -> list[Prompt]:
-    """One for each conversation of the store, in its order. Raises ValueError for a store of texts."""
+def prompts(store: TokenStore, count: int | None = None) -> list[Prompt]:
+    """One for each of the first ``count`` conversations of the store, or of all. ValueError for a store of texts."""
     if store.supervised is None:
         raise ValueError(f"{store.directory} holds texts, which ask nothing: take a source of conversations")
-    return [_prompt(store, start, stop) for start, stop in zip(store.offsets, store.offsets[1:], strict=False)]
+    spans = zip(store.offsets, store.offsets[1:][:count], strict=False)
+    return [_prompt(store, start, stop) for start, stop in spans]
 
 
 def _prompt(store: TokenStore, start: int, stop: int) -> Prompt:

@@ -18,6 +18,8 @@ def test_a_prompt_is_what_comes_before_the_last_answer_and_the_reference_that_an
             asked = chat.prompt(chat.Conversation(tuple(record["messages"][:last])), byte_tokenizer())
             expected.append((asked, byte_tokenizer().encode(record["messages"][last]["content"]) + [END_ID]))
         assert sorted(found) == sorted(expected)
+        first = [(asked.tolist(), answer.tolist()) for asked, answer in prompts(stores["a"].train, 3)]
+        assert first == found[:3]
 
 
 def test_texts_ask_nothing(prepared, texts):
