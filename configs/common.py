@@ -11,6 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.start = ""  # run to start from: its newest parameters, tokenizer and architecture; "" starts at random
     config.teacher = ""  # run whose newest parameters the stage "distill" learns from
+    config.reference = ""  # run that the stage "preference" compares with; "" takes start
 
     config.tokenizer = ml_collections.ConfigDict()
     config.tokenizer.kind = "sentencepiece"  # BPE with byte fallback, learned from the run's own text | "bytes"
@@ -64,6 +65,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.objective.top_k = 0  # likeliest tokens that a teacher's distribution is cut to, the others one; 0 keeps all
     config.objective.store_teacher = False  # ask the teacher once, before training; its top_k lie beside the tokens
 
+    config.preference = ml_collections.ConfigDict()
+    config.preference.loss = "dpo"  # | "robust_dpo" | "ipo" | "hinge" | "orpo" | "simpo" | "kto"
+    config.preference.beta = 0.1  # of the log-ratios: larger stays nearer to the reference; ORPO's lambda
+    config.preference.label_smoothing = 0.0  # share of the labels thought to be flipped, of "dpo" and "robust_dpo"
+    config.preference.gamma = 0.5  # margin by which "simpo" wants an answer to win
+    config.preference.length_normalised = (
+        False  # compare means over an answer's tokens, as "orpo" and "simpo" always do
+    )
+    config.preference.sft_weight = 0.0  # of the chosen answers' cross-entropy beside the loss; "orpo" needs it, with 1
+    config.preference.desirable_weight = 1.0  # of answers that people liked, of "kto"
+    config.preference.undesirable_weight = 1.0  # of those that they did not like
+    config.preference.store_reference = False  # ask the reference once, before training; half of the memory
+
+    config.reward = ml_collections.ConfigDict()
+    config.reward.pair_weight = 1.0  # of the Bradley-Terry loss of pairs
+    config.reward.score_weight = 0.0  # of the squared error of scores
+    config.reward.centering = 0.0  # draws the sum of a pair's rewards to 0; 0.01 is common
+    config.reward.margin = 0.0  # times the pair's margin, by which its chosen answer should win; Llama 2 has 1
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.replica = 1  # whole copies of the parameters
     config.mesh.fsdp = -1  # shards of parameters and batch; -1 takes the devices that are left
@@ -115,8 +135,10 @@ def source(
     source.field = "text"  # of a record of format "text"
     source.weights = weights  # one per entry of data.stage_steps
     source.validation_path = ""  # files held out; "" splits them off path
-    source.format = format  # "text" | of conversations: "auto" | "messages" | "alpaca" | "sharegpt" | "prompt_response"
+    source.format = format  # "text" | chats: "auto", "messages", "alpaca", "sharegpt", "prompt_response" | "preference"
     source.turns = "all"  # supervised answers of a conversation | "last"
+    source.pairs = "all"  # of a list of scored answers: all that differ in score | "best_worst"
+    source.answers = "paired"  # of preferences | "alone": each beside an answer to another prompt (KTO) | "chosen": SFT
     source.response_only = False  # response tuning: train on answers without what they answer
     source.on_error = "raise"  # at a bad record | "skip": leave it out and count it
     source.packing = packing  # as data.packing, which "" takes; conversations need "best_fit_whole" or "_truncated"
@@ -149,6 +171,7 @@ def llama(**sizes) -> ml_collections.ConfigDict:
     model.output_bias = False
     model.mlp_bias = False
     model.tied_head = True  # the embedding's transpose is the head
+    model.scalar_head = False  # a number per position beside the logits: a reward, a value
     model.embedding_scale = 1.0  # Gemma: sqrt(width)
     model.attention_scale = 0.0  # 0 is 1 / sqrt(head_width)
     model.attention_soft_cap = 0.0  # Gemma 2: 50; 0 caps nothing

@@ -158,6 +158,12 @@ def read_meta(directory: Any, *, step: int | None = None) -> dict:
     return _json(epath.Path(directory).expanduser().absolute() / str(_whole_step(directory, step)), "meta")
 
 
+def read_metrics(directory: Any, *, step: int | None = None) -> dict[str, float]:
+    """What was measured when the newest whole step, or ``step``, was saved; empty where nothing was."""
+    path = epath.Path(directory).expanduser().absolute() / str(_whole_step(directory, step)) / "metrics" / "metrics"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def whole_steps(directory: Any) -> Iterator[int]:
     """The steps that lie whole in ``directory``, newest first; warns of each newer one that does not."""
     for step in _step_numbers(directory):

@@ -1,4 +1,7 @@
-"""Curves of a run as PNG, drawn from the rows of its ``metrics.jsonl``; a panel without data is left out."""
+"""Pictures as PNG: curves of a run, drawn from the rows of its ``metrics.jsonl``, and measurements with intervals.
+
+A panel without data is left out.
+"""
 
 import dataclasses
 import fnmatch
@@ -6,7 +9,7 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import ticker
@@ -16,6 +19,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito, "Color Universal Design" (2008), without yellow: told apart under every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKERS = ("o", "s", "^", "D", "v", "P")
 INK, FAINT = "#333333", "#DDDDDD"
 WIDTH, HEIGHT, DPI = 5.6, 3.2, 130  # of one panel: inches, inches, dots per inch
 NOISY = 60  # points beyond which a curve is drawn smoothed over its own pale self
@@ -34,6 +38,16 @@ class Panel:
     names: tuple[str, ...]
     scale: str = "linear"
     bottom: float | None = None
+
+
+class Point(NamedTuple):
+    """A measurement: y between the ends of its interval, at x, whose standard error may be known."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    x_error: float = 0.0
 
 
 PANELS = (
@@ -82,6 +96,72 @@ def comparison(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path
         axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
     _dress(axes, name.replace("_", " "))
     axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+    _save(figure, path)
+
+
+def scatter(
+    groups: Mapping[str, Sequence[Point]], path: Any, *, title: str, across: str, level: float | None = None
+) -> None:
+    """Draw points with their intervals into a PNG, a colour and a sign for each label; ``across`` says what x is.
+
+    ``level`` is a y to compare with, drawn as a broken line. A group without a finite point is left out; raises
+    ``ValueError`` where all are.
+    """
+    found = {label: [point for point in points if _is_finite(point)] for label, points in groups.items()}
+    if not any(found.values()):
+        raise ValueError(f"nothing to draw in {path}: no point of {sorted(groups)} is finite")
+    figure = _figure(1, 1)
+    axes = figure.add_subplot()
+    _dress(axes, title, across)
+    if level is not None:
+        axes.axhline(level, color=INK, linewidth=0.8, linestyle="--")
+    _points(axes, {label: points for label, points in found.items() if points})
+    axes.margins(0.08)
+    axes.xaxis.set_major_formatter(_tick)
+    axes.yaxis.set_major_formatter(_tick)
+    _save(figure, path)
+
+
+def calibration(groups: Mapping[str, Sequence[Any]], path: Any) -> None:
+    """Draw how often verdicts of like confidence are right into a PNG: the nearer to the diagonal the better.
+
+    A group holds bins with their ``predicted`` probability and the ``observed`` (share, low, high). Raises
+    ``ValueError`` where there is none.
+    """
+    if not any(groups.values()):
+        raise ValueError(f"nothing to draw in {path}: no bin in {sorted(groups)}")
+    figure = _figure(1, 1)
+    axes = figure.add_subplot()
+    _dress(axes, "Share that is right", "predicted probability of being right")
+    axes.axline((0.5, 0.5), slope=1, color=INK, linewidth=0.8, linestyle="--")
+    axes.set_xlim(0.48, 1.02)
+    found = {label: [Point(each.predicted, *each.observed) for each in bins] for label, bins in groups.items() if bins}
+    _points(axes, found, line="-")
+    axes.set_ylim(min(0.45, *(point.low - 0.02 for points in found.values() for point in points)), 1.02)
+    _save(figure, path)
+
+
+def ladder(values: Mapping[str, Sequence[float]], path: Any, *, title: str) -> None:
+    """Draw each label's (value, low, high) into a PNG, one below the other in the given order.
+
+    Raises ``ValueError`` where there is none.
+    """
+    if not values:
+        raise ValueError(f"nothing to draw in {path}: no value")
+    figure = _figure(1, 1)
+    figure.set_figheight(0.9 + 0.28 * len(values))
+    axes = figure.add_subplot()
+    _dress(axes, title, "")
+    places = range(len(values))
+    for place, (value, low, high) in zip(places, values.values(), strict=True):
+        axes.plot([low, high], [place, place], color=COLOURS[0], linewidth=1.8, alpha=0.5, solid_capstyle="butt")
+        axes.plot([value], [place], color=COLOURS[0], marker="o", markersize=6)
+        axes.annotate(
+            f"{value:.0f}", (value, place), (0, 6), textcoords="offset points", ha="center", color=INK, fontsize=8
+        )
+    axes.set_yticks(list(places), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.7)
+    axes.margins(x=0.06)
     _save(figure, path)
 
 
@@ -134,9 +214,24 @@ def _draw(axes: Axes, panel: Panel, series: Series) -> None:
         )
 
 
-def _dress(axes: Axes, title: str) -> None:
+def _points(axes: Axes, groups: Mapping[str, Sequence[Point]], line: str = "") -> None:
+    """Points with bars; a legend where there are several groups. Signs differ too, where colours do not print."""
+    looks = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
+    for (label, points), (colour, marker) in zip(groups.items(), looks, strict=False):
+        x, y, low, high, x_error = np.array(points, float).T
+        bars = dict(fmt=marker + line, color=colour, ecolor=(colour, 0.45), elinewidth=1.2, linewidth=1.2, markersize=5)
+        axes.errorbar(x, y, yerr=[y - low, high - y], xerr=x_error if x_error.any() else None, label=label, **bars)
+    if len(groups) > 1:
+        axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+
+
+def _is_finite(point: Point) -> bool:
+    return all(map(math.isfinite, point))
+
+
+def _dress(axes: Axes, title: str, across: str = "step") -> None:
     axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
-    axes.set_xlabel("step", color=INK, fontsize=8)
+    axes.set_xlabel(across, color=INK, fontsize=8)
     axes.grid(color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=8, length=0, which="both")

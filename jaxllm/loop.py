@@ -22,7 +22,7 @@ from jaxllm.evaluate.perplexity import evaluator
 from jaxllm.evaluate.validation import validation
 from jaxllm.generate import SamplerConfig
 from jaxllm.log import Log
-from jaxllm.model import Model, flops_per_token, parameter_rules
+from jaxllm.model import Model, flops_per_token, parameter_rules, with_scalar_head
 from jaxllm.stages import STAGES, RunConfig, Stage, limited, resolved, run_config
 from jaxllm.train import TrainState, optimizer, schedule, update
 from jaxllm.train.optimizer import AverageState, SpikeState, find_state
@@ -119,7 +119,7 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     init_params = jax.sharding.auto_axes(stage.model.init, out_sharding=jax.tree.map(lambda x: x.spec, shardings))
 
     def step(state, batch, frozen):
-        batch = stage.prepare(batch)
+        batch = stage.prepare(state.params, batch, **frozen)
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         for name in stage.keys:
             named = jax.random.fold_in(key, zlib.crc32(name.encode()))
@@ -134,7 +134,9 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     placed = jax.tree.map(lambda x: x.sharding, template)
     return Programs(
         init=jax.jit(lambda key: init_state(init_params(key), chain), out_shardings=placed),
-        begin=jax.jit(lambda params: init_state(params, chain), out_shardings=placed),
+        begin=jax.jit(
+            lambda params: init_state(with_scalar_head(stage.model.config, params), chain), out_shardings=placed
+        ),
         step=jax.jit(step, donate_argnums=0, out_shardings=(placed, None)),
         template=template,
     )
@@ -153,9 +155,11 @@ def _start(run: Run, ignored: tuple[str, ...]) -> tuple[TrainState, dict | None]
     if run.checkpoints.latest_step is None:
         if run.stage.start is None:
             return run.programs.init(jax.random.key(run.config.seed)), None
-        given = run.stage.start.params(jax.tree.map(lambda x: x.sharding, run.programs.template.params))
-        print(f"starts from {run.config.start}", file=sys.stderr)
-        return run.programs.begin(given), None
+        given = run.stage.start.params(_shardings(run.stage.start.model, jax.sharding.get_mesh()))
+        state = run.programs.begin(given)
+        new = sorted(set(tree.names(state.params)) - set(tree.names(given)))
+        print(f"starts from {run.config.start}" + f", new and 0: {', '.join(new)}" * bool(new), file=sys.stderr)
+        return state, None
     # The config was compared when the directory was opened; here what it was made into must agree.
     restored = run.checkpoints.restore(run.programs.template, run.meta, ignore=ignored)
     run.stage.batches.set_state(restored.position["loader"])
@@ -227,6 +231,8 @@ def _validation(run: Run, state: TrainState) -> dict[str, float]:
         row |= {f"average_{name}": value for name, value in measure(params=kept.average, **run.frozen).items()}
     if run.config.loop.evaluate_answers:
         row |= _answered(run, state)
+    if stage.probe:
+        row |= {f"validation_{name}": value for name, value in stage.probe(state.params, **run.frozen).items()}
     if (best := run.config.loop.best_metric) not in row:
         raise ValueError(f"loop.best_metric={best!r} is no metric of a validation{nearest(best, row)}")
     return row

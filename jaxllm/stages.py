@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import jax
@@ -14,19 +15,22 @@ from jaxllm.configure import nearest, section
 from jaxllm.data import loader, tokens
 from jaxllm.data.config import DataConfig
 from jaxllm.data.prompts import Prompt, prompts
+from jaxllm.evaluate.duels import Loaded, Sampling, divergence
 from jaxllm.evaluate.perplexity import weighed
-from jaxllm.evaluate.teaching import taught
+from jaxllm.evaluate.teaching import referred, taught
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import DecoderConfig, Model, build
 from jaxllm.model.config import COMPUTATION
 from jaxllm.rl.rollout import on_policy
-from jaxllm.sharding import MeshConfig
+from jaxllm.sharding import MeshConfig, data_parallelism
 from jaxllm.text import chat
 from jaxllm.text import prepare as text
 from jaxllm.text.special_tokens import BOS_ID, PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
-from jaxllm.train import OptimizerConfig
+from jaxllm.train import OptimizerConfig, preferences
 from jaxllm.train.objectives import ObjectiveConfig, distillation, next_token, stored_distillation
+from jaxllm.train.preferences import PreferenceConfig, RewardConfig
+from jaxllm.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +75,14 @@ class RunConfig:
     seed: int
     start: str
     teacher: str
+    reference: str
     tokenizer: text.TokenizerConfig
     data: DataConfig
     model: DecoderConfig
     optimizer: OptimizerConfig
     objective: ObjectiveConfig
+    preference: PreferenceConfig
+    reward: RewardConfig
     mesh: MeshConfig
     loop: LoopConfig
 
@@ -91,7 +98,7 @@ class Stage(NamedTuple):
     tokenizer: Tokenizer
     batches: Any  # iterator with get_state, set_state and fingerprint
     validation: Mapping[str, Any]  # source -> batches, re-iterable and finite
-    prepare: Callable  # on the device: adds weight_BT over the global batch
+    prepare: Callable  # (params, batch, **frozen), on the device: adds weights over the global batch, and what is given
     objective: Callable
     report: dict[str, Any]  # counts of what the data became
     prompt: Callable  # (text) -> ids of it as this stage's model is asked
@@ -100,6 +107,7 @@ class Stage(NamedTuple):
     start: workdir.Saved | None = None  # the parameters to start from; None: random ones
     frozen: Mapping[str, workdir.Saved] = {}  # further arguments of the objective: parameters that it does not train
     rollout: Callable | None = None  # (params, batch, step) -> the batch to train on
+    probe: Callable | None = None  # (params, **frozen) -> further numbers of a validation
 
 
 def run_config(values: Mapping) -> RunConfig:
@@ -112,13 +120,13 @@ def run_config(values: Mapping) -> RunConfig:
 def resolved(values: Mapping) -> dict:
     """The config with the architecture and the tokenizer of the run that it starts from, whatever it says of them.
 
-    How the model is computed stays as it says. A run that starts at random takes its teacher's tokenizer, if it has
-    one. Raises ``FileNotFoundError`` where there is no such run.
+    How the model is computed stays as it says, and whether it has a scalar head. A run that starts at random takes its
+    teacher's tokenizer, if it has one. Raises ``FileNotFoundError`` where there is no such run.
     """
     config, values = run_config(values), dict(values)
     if config.start:
         model = workdir.config(config.start)["model"]
-        values["model"] = model | {key: values["model"][key] for key in COMPUTATION}
+        values["model"] = model | {key: values["model"][key] for key in (*COMPUTATION, "scalar_head")}
     if other := config.start or config.teacher:
         values["tokenizer"] = workdir.config(other)["tokenizer"] | {"path": str(Path(other) / "tokenizer")}
     return values
@@ -136,6 +144,10 @@ def sft(config: RunConfig, directory: Path) -> Stage:
 
     Raises ``ValueError`` where no source holds conversations.
     """
+    if pairs := [name for name, source in config.data.sources.items() if source.is_preference]:
+        raise ValueError(
+            f"config.stage={config.stage!r} would learn the rejected answers of {pairs} too: set their answers='chosen'"
+        )
     stage = _imitation(config, directory)
     chats = [name for name, source in config.data.sources.items() if source.is_chat]
     if not chats:
@@ -165,7 +177,8 @@ def distill(config: RunConfig, directory: Path) -> Stage:
         )
     if config.objective.store_teacher:
         objective = stored_distillation(stage.model, config.objective)
-        return stage._replace(objective=objective, **_batches(config, _taught(config, stage, teacher, directory)))
+        ask = partial(taught, objective=config.objective)
+        return stage._replace(objective=objective, **_batches(config, _asked(ask, config, stage, teacher, directory)))
     return stage._replace(
         objective=distillation(stage.model, teacher.model, config.objective),
         frozen={"teacher_params": teacher},
@@ -173,7 +186,60 @@ def distill(config: RunConfig, directory: Path) -> Stage:
     )
 
 
-STAGES: dict[str, Callable[[RunConfig, Path], Stage]] = {"pretrain": pretrain, "sft": sft, "distill": distill}
+def preference(config: RunConfig, directory: Path) -> Stage:
+    """Preferences without a reward model, from a fine-tuned policy: DPO, IPO, ORPO, SimPO, KTO and their kin.
+
+    The reference is the run that the policy starts from, unless ``config.reference`` names another. With
+    ``preference.store_reference`` it is asked here, once, and is not there in training. Dropout is off, so that policy
+    and reference agree before the first update. Raises ``ValueError`` where there is no policy to start from, where a
+    source holds no preferences, and where the reference has another tokenizer.
+    """
+    if not config.start:
+        raise ValueError("config.start='' begins at random: preferences tune a policy that answers; name its run")
+    answers = "paired" if config.preference.is_paired else "alone"
+    sources = {name: dataclasses.replace(each, answers=answers) for name, each in config.data.sources.items()}
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=sources))
+    stage = _compared(config, directory)
+    reference = workdir.saved(config.reference or config.start)
+    if reference.tokenizer.fingerprint != stage.tokenizer.fingerprint:
+        raise ValueError(
+            f"the reference {config.reference} has another tokenizer ({reference.tokenizer.vocab_size} ids) than the "
+            f"policy ({stage.tokenizer.vocab_size} ids): their log-probabilities do not compare; name another run"
+        )
+    stage = stage._replace(
+        prepare=preferences.referred(stage.model, reference.model, config.preference),
+        objective=preferences.preference(stage.model, config.preference),
+        keys=(),
+    )
+    if config.preference.store_reference:
+        return stage._replace(**_batches(config, _asked(referred, config, stage, reference, directory)))
+    if not config.preference.has_reference:
+        return stage
+    probe = _divergence(config, stage, reference.model) if stage.prompts else None
+    return stage._replace(frozen={"ref_params": reference}, probe=probe)
+
+
+def reward(config: RunConfig, directory: Path) -> Stage:
+    """A reward model: a network with a scalar head that learns from pairs of answers, from scores, or from both.
+
+    Raises ``ValueError`` where the model has no scalar head, or where a source holds no preferences.
+    """
+    if not config.model.scalar_head:
+        raise ValueError("config.stage='reward' needs model.scalar_head=True: a reward is what that head says")
+    stage = _compared(config, directory)
+    return stage._replace(
+        prepare=preferences.weighed_scores,
+        objective=preferences.reward(stage.model, config.reward),
+    )
+
+
+STAGES: dict[str, Callable[[RunConfig, Path], Stage]] = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "distill": distill,
+    "reward": reward,
+    "preference": preference,
+}
 
 
 def _imitation(config: RunConfig, directory: Path) -> Stage:
@@ -197,6 +263,18 @@ def _imitation(config: RunConfig, directory: Path) -> Stage:
     )
 
 
+def _compared(config: RunConfig, directory: Path) -> Stage:
+    """What the stages share that learn from preferences. ``ValueError`` where a source holds none."""
+    others = [name for name, source in config.data.sources.items() if not source.is_preference]
+    if others:
+        raise ValueError(
+            f"config.stage={config.stage!r} learns from preferences, but the sources {others} hold texts or "
+            "conversations: set their format to 'preference'"
+        )
+    stage = _imitation(config, directory)
+    return stage._replace(prompt=partial(_question, stage.tokenizer))
+
+
 def _batches(config: RunConfig, stores: Mapping[str, tokens.Split]) -> dict[str, Any]:
     """What a stage reads of the stores: ``batches`` to train on, and ``validation`` batches of each source."""
     shape = dict(batch_size=config.loop.batch_size, micro_batches=config.loop.micro_batches, pad_id=PAD_ID)
@@ -211,16 +289,15 @@ def _cache(config: RunConfig, directory: Path) -> Path:
     return Path(config.data.cache or directory / "tokens")
 
 
-def _taught(config: RunConfig, stage: Stage, teacher: workdir.Saved, directory: Path) -> dict[str, tokens.Split]:
-    """The stage's stores with what the teacher says beside their tokens."""
+def _asked(ask: Callable, config: RunConfig, stage: Stage, frozen: workdir.Saved, directory: Path) -> dict:
+    """The stage's stores with what a frozen model says beside their tokens."""
     cache = _cache(config, directory)
-    return taught(
+    return ask(
         tokens.prepare(config.data, stage.tokenizer, directory=cache),
-        teacher.model,
-        teacher.params,
-        identity=teacher.identity,
+        frozen.model,
+        frozen.params,
+        identity=frozen.identity,
         data=config.data,
-        objective=config.objective,
         directory=cache,
         batch_size=config.loop.batch_size // config.loop.micro_batches,
     )
@@ -251,6 +328,23 @@ def _own_answers(config: RunConfig, stage: Stage, directory: Path) -> Callable:
         sampler=SamplerConfig(),
         seed=config.seed,
     )
+
+
+def _divergence(config: RunConfig, stage: Stage, reference: Model) -> Callable:
+    """A function (params, *, ref_params) -> the policy's divergence from the reference, on its own answers to held-out
+    prompts, and their length.
+    """
+    ids, shards = [prompt.prompt_ids for prompt in stage.prompts], data_parallelism(jax.sharding.get_mesh())
+    batch_size = -(-min(32, len(ids)) // shards) * shards
+    sampling = Sampling(SamplerConfig(), config.loop.sample_tokens, batch_size, config.seed)
+
+    def probe(params: Tree, *, ref_params: Tree) -> dict[str, float]:
+        found = sampling.answers(stage.model, params, ids)
+        sides = Loaded(stage.model, params, stage.tokenizer), Loaded(reference, ref_params, stage.tokenizer)
+        kl = divergence(*sides, ids, found, batch_size=sampling.batch_size)
+        return {"kl": kl.kl, "sampled_tokens": fmean(len(answer.tokens) for answer in found)}
+
+    return probe
 
 
 def _document(tokenizer: Tokenizer, start: str) -> list[int]:

@@ -48,7 +48,7 @@ def test_a_run_builds_and_its_update_has_shapes(run, arg, make_mesh):
 
     def step(params, batch):
         return update(
-            init_state(params, chain), weighed(batch), loss=next_token(model, config.objective), optimizer=chain
+            init_state(params, chain), weighed(params, batch), loss=next_token(model, config.objective), optimizer=chain
         )
 
     state, metrics = jax.eval_shape(step, params, batch)

@@ -6,7 +6,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from jaxllm import figures
-from jaxllm.figures import Panel
+from jaxllm.figures import Panel, Point
 
 
 def rows(count=100):
@@ -117,3 +117,97 @@ def test_nothing_to_draw_names_what_is_there_and_what_is_wanted(tmp_path):
 def test_ticks_are_plain_numbers():
     ticks = [figures._tick(value, 0) for value in (0.0002, 1.5, 750, 12_000, 3e6)]
     assert ticks == ["0.0002", "1.5", "750", "12k", "3M"]
+
+
+# ---- measurements ----
+
+
+class Bin:
+    def __init__(self, predicted, *observed):
+        self.predicted, self.observed = predicted, observed
+
+
+def drawn(monkeypatch, draw, *inputs, **options):
+    """The axes that a function draws, and the figure."""
+    kept = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: kept.append(figure))
+    draw(*inputs, "unused.png", **options)
+    (figure,) = kept
+    return figure.axes[0], figure
+
+
+def bars(axes):
+    """label -> (points, ends of the vertical bars)."""
+    found = {}
+    for container in axes.containers:
+        line, _, collections = container.lines
+        points = np.array(line.get_xydata())
+        found[container.get_label()] = points, [segment[:, 1] for segment in collections[-1].get_segments()], line
+    return found
+
+
+def test_points_lie_where_they_were_measured_with_their_intervals_and_a_colour_and_a_sign_for_each_label(monkeypatch):
+    groups = {"DPO": [Point(1, 0.8, 0.7, 0.85), Point(2, 0.9, 0.8, 0.95, 0.5)], "IPO": [Point(3, 0.6, 0.5, 0.65)]}
+    axes, _ = drawn(monkeypatch, figures.scatter, groups, title="Win rate", across="KL", level=0.5)
+    found = bars(axes)
+    assert list(found) == ["DPO", "IPO"]
+    for label, points in groups.items():
+        np.testing.assert_allclose(found[label][0], [point[:2] for point in points])
+        np.testing.assert_allclose(found[label][1], [point[2:4] for point in points])
+    dpo, ipo = found["DPO"][2], found["IPO"][2]
+    assert dpo.get_color() != ipo.get_color() and dpo.get_marker() != ipo.get_marker()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["DPO", "IPO"]
+    assert (axes.get_title("left"), axes.get_xlabel()) == ("Win rate", "KL")
+    assert any(line.get_linestyle() == "--" and set(line.get_ydata()) == {0.5} for line in axes.get_lines())
+    horizontal = axes.containers[0].lines[2][0].get_segments()
+    np.testing.assert_allclose([segment[:, 0] for segment in horizontal], [[1, 1], [1.5, 2.5]])
+
+
+def test_points_that_are_not_finite_are_left_out_and_one_group_needs_no_legend(monkeypatch):
+    groups = {"a": [Point(1, 0.5, 0.4, 0.6), Point(math.nan, 0.5, 0.4, 0.6)], "b": [Point(1, math.inf, 0, 1)]}
+    axes, _ = drawn(monkeypatch, figures.scatter, groups, title="", across="")
+    assert list(bars(axes)) == ["a"] and len(bars(axes)["a"][0]) == 1 and axes.get_legend() is None
+
+
+def test_more_labels_than_colours_are_drawn_too(monkeypatch):
+    groups = {str(number): [Point(number, 0.5, 0.4, 0.6)] for number in range(9)}
+    axes, _ = drawn(monkeypatch, figures.scatter, groups, title="", across="")
+    assert len(bars(axes)) == 9
+
+
+def test_a_calibration_curve_has_its_bins_and_the_diagonal(monkeypatch):
+    groups = {"one": [Bin(0.55, 0.5, 0.3, 0.7), Bin(0.9, 0.8, 0.7, 0.9)], "empty": []}
+    axes, _ = drawn(monkeypatch, figures.calibration, groups)
+    ((points, ends, line),) = bars(axes).values()
+    np.testing.assert_allclose(points, [[0.55, 0.5], [0.9, 0.8]])
+    np.testing.assert_allclose(ends, [[0.3, 0.7], [0.7, 0.9]])
+    assert line.get_linestyle() == "-" and axes.get_ylim()[0] < 0.3 < 1 < axes.get_ylim()[1]
+    diagonal = next(line for line in axes.get_lines() if line.get_linestyle() == "--")
+    assert diagonal.get_slope() == 1 and diagonal.get_xy1() == (0.5, 0.5)
+
+
+def test_a_ladder_has_a_rung_for_each_label_from_the_top_down(monkeypatch):
+    values = {"first": (100.4, 50, 150), "second": (-3, -20, 20), "third": (-90, -150, -50)}
+    axes, figure = drawn(monkeypatch, figures.ladder, values, title="Elo")
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == list(values) and axes.yaxis_inverted()
+    lines = axes.get_lines()
+    for place, (value, low, high) in enumerate(values.values()):
+        np.testing.assert_allclose(lines[2 * place].get_xydata(), [[low, place], [high, place]])
+        np.testing.assert_allclose(lines[2 * place + 1].get_xydata(), [[value, place]])
+    assert [text.get_text() for text in axes.texts] == ["100", "-3", "-90"]
+    _, taller = drawn(monkeypatch, figures.ladder, dict.fromkeys(range(9), (0, -1, 1)), title="")
+    assert taller.get_figheight() > figure.get_figheight()
+
+
+def test_measurements_become_pngs_and_nothing_to_draw_is_refused(tmp_path):
+    figures.scatter({"a": [Point(1, 0.5, 0.4, 0.6)]}, tmp_path / "new" / "a.png", title="", across="")
+    figures.calibration({"a": [Bin(0.5, 0.5, 0.4, 0.6)]}, tmp_path / "new" / "b.png")
+    figures.ladder({"a": (1, 0, 2)}, tmp_path / "new" / "c.png", title="")
+    assert all(image.imread(path).shape[1] == int(figures.WIDTH * figures.DPI) for path in (tmp_path / "new").iterdir())
+    with pytest.raises(ValueError, match=r"nothing to draw in .*d.png: no point of \['a'\] is finite"):
+        figures.scatter({"a": [Point(math.nan, 0.5, 0.4, 0.6)]}, tmp_path / "d.png", title="", across="")
+    with pytest.raises(ValueError, match=r"nothing to draw in .*d.png: no bin in \['a'\]"):
+        figures.calibration({"a": []}, tmp_path / "d.png")
+    with pytest.raises(ValueError, match="nothing to draw in .*d.png: no value"):
+        figures.ladder({}, tmp_path / "d.png", title="")
+    assert not (tmp_path / "d.png").exists()

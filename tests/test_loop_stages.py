@@ -10,6 +10,8 @@ import pytest
 
 from configs import common
 from jaxllm import checkpoint, figures, hardware, loop, metrics
+from jaxllm.evaluate import rewarding
+from jaxllm.text.chat import Conversation
 
 TIMES = {"compile_seconds", "seconds", "tokens_per_second", "mfu"}  # these alone may differ between two runs
 SIZES = dict(num_layers=1, width=16, mlp_width=16, num_heads=4, num_kv_heads=2, head_width=8, operand_dtype="float32")
@@ -30,7 +32,8 @@ def sources(tmp_path_factory):
     place = tmp_path_factory.mktemp("sources")
     texts = [{"text": f"{a} plus {b} is {a + b}. " * 3} for a in range(8) for b in range(8)]
     chats = [{"prompt": f"Say {a} plus {b}", "response": "zzz"} for a in range(8) for b in range(8)]
-    for name, records in (("text", texts), ("chat", chats)):
+    pairs = [{"prompt": f"Say {a} plus {b}", "chosen": "zzz", "rejected": "no"} for a in range(8) for b in range(8)]
+    for name, records in (("text", texts), ("chat", chats), ("pairs", pairs)):
         (place / f"{name}.json").write_text(json.dumps(records), encoding="utf-8")
     return place
 
@@ -39,7 +42,10 @@ def config_of(sources, stage, **changes):
     config = common.get_config()
     config.model, config.tokenizer.kind, config.stage = common.llama(**SIZES), "bytes", stage
     config.data.sources = {"text": common.source(str(sources / "text.json"))}
-    if stage != "pretrain":
+    if stage in ("reward", "preference"):
+        pairs = common.source(str(sources / "pairs.json"), format="preference", packing="best_fit_truncated")
+        config.data.sources = {"pairs": pairs}
+    elif stage != "pretrain":
         chat = common.source(str(sources / "chat.json"), format="auto", packing="best_fit_whole", weights=(3.0,))
         config.data.sources.chat = chat
     config.data.update(dict(validation=0.2, sequence_length=64))
@@ -149,3 +155,75 @@ def test_a_best_metric_that_no_validation_measures_is_named(fine_tuning, tmp_pat
 def test_a_request_to_start_elsewhere_is_another_config(fine_tuning, fine_tuned, tmp_path):
     with pytest.raises(FileNotFoundError, match="no run in .*nowhere"):
         loop.run(fine_tuning | {"start": str(tmp_path / "nowhere")}, fine_tuned)
+
+
+# ---- preferences ----
+
+
+@pytest.fixture(scope="module")
+def preferring(sources, pretrained):
+    how = dict(start=str(pretrained), model__dropout=0.1, loop__evaluate_first=True, loop__evaluate_answers=4)
+    return config_of(sources, "preference", **how, optimizer__learning_rate=3e-3)
+
+
+@pytest.fixture(scope="module")
+def preferred(preferring, tmp_path_factory):
+    return train(preferring, tmp_path_factory.mktemp("runs") / "dpo")
+
+
+def test_preference_tuning_starts_at_its_reference_and_leaves_it(preferred):
+    """C8: dropout is in the config, and not in the loss."""
+    first, last = (row for row in rows(preferred) if row["step"] in (0, 8) and "validation_margin" in row)
+    assert first["validation_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert abs(first["validation_margin"]) < 1e-5 and abs(first["validation_kl"]) < 1e-4
+    assert last["validation_accuracy"] > 0.95 and last["validation_loss"] < 0.6 and last["validation_kl"] > 0.01
+    trained = next(row for row in rows(preferred) if "loss" in row)
+    assert trained["margin"] > 0 and trained["chosen_nll"] > 0
+
+
+def test_a_preference_tuning_that_was_stopped_goes_on_bit_for_bit(preferring, preferred, tmp_path):
+    train(preferring, tmp_path / "run", stop_at=3)
+    assert_same_run(train(preferring, tmp_path / "run"), preferred)
+
+
+def test_a_stored_reference_gives_the_numbers_of_a_live_one(preferring, preferred, tmp_path):
+    stored = preferring | {"preference": preferring["preference"] | {"store_reference": True}}
+    directory = train(stored, tmp_path / "run")
+    for one, other in zip(rows(directory), rows(preferred), strict=True):
+        for name in ("loss", "margin", "validation_loss", "validation_margin"):
+            assert one.get(name, 0.0) == pytest.approx(other.get(name, 0.0), abs=1e-4), (name, one["step"])
+    assert list((directory / "tokens").glob("pairs-reference-*"))
+
+
+def test_answers_one_by_one_come_from_the_same_pairs(preferring, tmp_path):
+    kto = preferring | {"preference": preferring["preference"] | {"loss": "kto"}}
+    kto["loop"] = kto["loop"] | {"evaluate_answers": 0}
+    first, last = (
+        row for row in rows(train(kto, tmp_path / "run")) if row["step"] in (0, 8) and "validation_loss" in row
+    )
+    assert first["validation_loss"] == pytest.approx(0.5, abs=1e-5)
+    assert last["validation_chosen_log_ratio"] > 0 > last["validation_rejected_log_ratio"]
+
+
+def test_a_reward_model_starts_from_a_policy_with_a_new_head_and_goes_on_bit_for_bit(
+    sources, pretrained, tmp_path, capsys
+):
+    """C10: nothing else is new, and the scale of its rewards is kept with the checkpoint."""
+    how = dict(start=str(pretrained), model__scalar_head=True, loop__evaluate_first=True, loop__sample_every=0)
+    values = config_of(sources, "reward", **how, loop__best_metric="validation_pair_loss")
+    straight = train(values, tmp_path / "straight")
+    assert (
+        "starts from" in (said := capsys.readouterr().err) and "new and 0: scalar_head/bias, scalar_head/kernel" in said
+    )
+    first, last = (row for row in rows(straight) if row["step"] in (0, 8) and "validation_accuracy" in row)
+    assert first["validation_accuracy"] == 0.5 and first["validation_pair_loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert last["validation_accuracy"] > 0.95
+    train(values, tmp_path / "run", stop_at=3)
+    assert rows(train(values, tmp_path / "run")) == rows(straight)
+    scale = rewarding.scale(straight)
+    assert scale.mean == pytest.approx(last["validation_reward"]) and scale.deviation > 0
+    prompts = [Conversation(({"role": "user", "content": f"Say {a} plus 3"},)) for a in (2, 2, 5, 5)]
+    found = rewarding.load([straight, straight])(prompts, ["zzz", "no", "zzz", "no"])
+    assert found.mean[0] > found.mean[1] and found.mean[2] > found.mean[3] and np.all(found.spread == 0)
+    with pytest.raises(ValueError, match="have a scalar head .* set model.scalar_head=True"):
+        loop.run(config_of(sources, "preference", start=str(straight)), tmp_path / "dpo")

@@ -113,7 +113,7 @@ def test_pretraining_makes_batches_a_model_of_the_tokenizers_size_and_a_report(v
 def test_preparing_weighs_every_token_of_all_micro_batches_the_same(values, tmp_path):
     stage = pretrain(values(data__packing="best_fit", data__sequence_length=60), tmp_path / "run")
     batch = next(stage.batches)
-    weights = np.asarray(stage.prepare(batch)["weight_BT"])
+    weights = np.asarray(stage.prepare(None, batch)["weight_BT"])
     np.testing.assert_allclose(weights, batch["mask_BT"] / batch["mask_BT"].sum(), rtol=1e-6)
     first, second = batch["mask_BT"].sum(axis=(1, 2))
     assert 0 < first != second > 0
@@ -123,7 +123,7 @@ def test_preparing_weighs_every_token_of_all_micro_batches_the_same(values, tmp_
 def test_the_objective_is_the_mean_over_tokens_when_micro_batches_are_added(values, tmp_path):
     stage = pretrain(values(data__packing="best_fit", model__operand_dtype="float32"), tmp_path / "run")
     batch, params = next(stage.batches), stage.model.init(jax.random.key(0))
-    prepared = stage.prepare(batch)
+    prepared = stage.prepare(None, batch)
     parts = [stage.objective(params, {name: array[m] for name, array in prepared.items()}) for m in range(2)]
     nlls = []
     for m in range(2):

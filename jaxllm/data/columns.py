@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxllm.data.tokens import TokenStore, mapped, open_store, write_whole
 
-# The dtype and the numbers per token of each column, by its name in a batch.
+# The dtype and the numbers per token of each column, by its name in a batch; 0 for one number without a further axis.
 Kinds = Mapping[str, tuple[str, int]]
 # First token and length of consecutive runs of tokens, and the lines of all of them in each column.
 Part = tuple[tuple[np.ndarray, np.ndarray], Mapping[str, np.ndarray]]
@@ -26,10 +26,12 @@ class AnnotatedStore(TokenStore):
 
     @functools.cached_property
     def columns(self) -> dict[str, np.ndarray]:
-        """[num_tokens, K] each, mapped from its file."""
+        """[num_tokens, K] each, or [num_tokens] where K is 0, mapped from its file."""
         kinds = json.loads((self.beside / "columns.json").read_text(encoding="utf-8"))
         return {
-            name: mapped(self.beside / f"{name}.bin", dtype, self.num_tokens * width).reshape(-1, width)
+            name: mapped(self.beside / f"{name}.bin", dtype, self.num_tokens * max(width, 1)).reshape(
+                self.num_tokens, *[width] * (width > 0)
+            )
             for name, (dtype, width) in kinds.items()
         }
 
@@ -63,7 +65,7 @@ def open_annotated(directory: Path, beside: Path) -> AnnotatedStore:
 def _write(directory: Path, num_tokens: int, kinds: Kinds, parts: Iterable[Part]) -> None:
     with ExitStack() as stack:
         files = {name: stack.enter_context((directory / f"{name}.bin").open("wb")) for name in kinds}
-        line = {name: width * np.dtype(dtype).itemsize for name, (dtype, width) in kinds.items()}
+        line = {name: max(width, 1) * np.dtype(dtype).itemsize for name, (dtype, width) in kinds.items()}
         for name, file in files.items():
             file.truncate(num_tokens * line[name])
         for (starts, counts), values in parts:

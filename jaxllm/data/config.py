@@ -7,22 +7,29 @@ SPLITS = ("document", "tail")
 PACKINGS = ("concatenated", "best_fit", "best_fit_whole", "best_fit_truncated")
 WHOLE = ("best_fit_whole", "best_fit_truncated")  # no row continues a document of another: what conversations need
 TEXT, AUTO = "text", "auto"
-FORMATS = (TEXT, AUTO, "messages", "alpaca", "sharegpt", "prompt_response")
+PREFERENCE = "preference"
+PREFERENCES = (PREFERENCE, "pairs", "scored", "thumbs")
+FORMATS = (TEXT, AUTO, "messages", "alpaca", "sharegpt", "prompt_response", *PREFERENCES)
 TURNS = ("all", "last")
+PAIRS = ("all", "best_worst")
+ANSWERS = ("paired", "alone", "chosen")
 ON_ERROR = ("raise", "skip")
 SELECTIONS = ("all", "longest", "random", "diverse", "highest", "lowest")
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of documents, texts or conversations.
+    """One source of documents: texts, conversations, or preferences between answers.
 
     path: a file, a folder, a glob, or "embedded".
     field: what holds the text in a record of format "text".
     weights: share of the rows in each stage of `DataConfig.stage_steps`, relative to the other sources'.
     validation_path: held-out documents; empty: they are split off `path`.
-    format: "text"; or of conversations: "auto" asks the first record.
-    turns: "all" of the assistant's turns are supervised, or the "last".
+    format: "text"; or of conversations: "auto" asks the first record; or of preferences: "preference" asks it.
+    turns: "all" of the assistant's turns are supervised, or the "last"; of preferences always the last.
+    pairs: of a list of scored answers "all" pairs that differ in score, or "best_worst".
+    answers: "paired", two of one preference in a row; or "alone", each with an answer to another prompt beside it; or
+      "chosen", conversations with the better ones.
     response_only: response tuning, that is training on the assistant's turns without what they answer.
     on_error: "raise" at a bad record, or "skip" and count it.
     packing: as in `DataConfig`; empty takes its.
@@ -41,6 +48,8 @@ class SourceConfig:
     validation_path: str = ""
     format: str = TEXT
     turns: str = "all"
+    pairs: str = "all"
+    answers: str = "paired"
     response_only: bool = False
     on_error: str = "raise"
     packing: str = ""
@@ -59,6 +68,8 @@ class SourceConfig:
             raise ValueError(f"weights={self.weights} of {self.path}: a weight is a finite number, 0 or more")
         _check_one_of("format", self.format, FORMATS)
         _check_one_of("turns", self.turns, TURNS)
+        _check_one_of("pairs", self.pairs, PAIRS)
+        _check_one_of("answers", self.answers, ANSWERS)
         _check_one_of("on_error", self.on_error, ON_ERROR)
         _check_one_of("packing", self.packing, ("", *PACKINGS))
         _check_one_of("select", self.select, SELECTIONS)
@@ -67,11 +78,26 @@ class SourceConfig:
                 f"turns={self.turns!r} and response_only={self.response_only} of {self.path} are of conversations: set "
                 f"format to 'auto' or to what they are in, not {self.format!r}"
             )
+        if self.is_preference and self.response_only:
+            raise ValueError(
+                f"response_only=True of {self.path}: a preference is between answers to a prompt, which stays"
+            )
+        if self.format not in PREFERENCES and (self.pairs != "all" or self.answers != "paired"):
+            raise ValueError(
+                f"pairs={self.pairs!r} and answers={self.answers!r} of {self.path} are of preferences: set format to "
+                f"'preference' or to what they are in, not {self.format!r}"
+            )
         self._check_selection()
 
     @property
     def is_chat(self) -> bool:
+        """Whether it holds conversations, those of preferences included."""
         return self.format != TEXT
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether its documents are units of preferences, two answers each."""
+        return self.format in PREFERENCES and self.answers != "chosen"
 
     def _check_selection(self):
         if not 0 <= self.balance < float("inf") or (self.balance != 1 and not self.tag):
@@ -153,6 +179,12 @@ class DataConfig:
                 raise ValueError(
                     f"source {name!r} holds conversations, of which split={self.split!r} holds out none: use 'document'"
                 )
+
+        kinds = {source.answers if source.is_preference else "no preferences" for source in self.sources.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"sources {list(self.sources)} mix {sorted(kinds)}, whose rows differ: give them to runs of their own"
+            )
 
     def _check_stages(self):
         steps = self.stage_steps

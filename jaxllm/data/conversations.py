@@ -46,31 +46,35 @@ def conversation(record: Fields, format: str) -> Conversation:
 
 def _messages(record: Fields) -> Conversation:
     """OpenAI: {"messages": [{"role", "content", "tool_calls"?}, ...], "tools"?: [...]}."""
-    return Conversation(tuple(map(_message, _list(record, "messages"))), _tools(record))
+    return Conversation(tuple(map(message, entries(record, "messages"))), tools(record))
 
 
 def _sharegpt(record: Fields) -> Conversation:
     """{"conversations": [{"from", "value"}, ...], "system"?: text, "tools"?: [...]}."""
-    turns = _list(record, "conversations")
-    for turn in turns:
+    said = entries(record, "conversations")
+    for turn in said:
         if not isinstance(turn, Mapping) or not {"from", "value"} <= turn.keys():
             raise Malformed("not_a_turn", f"{turn!r:.60} is no turn with 'from' and 'value'; mend it")
-    messages = (_message({"role": turn["from"], "content": turn["value"]}) for turn in turns)
-    return Conversation((*_system(record), *messages), _tools(record))
+    messages = (message({"role": turn["from"], "content": turn["value"]}) for turn in said)
+    return Conversation((*system(record), *messages), tools(record))
 
 
 def _alpaca(record: Fields) -> Conversation:
     """{"instruction", "input"?, "output", "system"?}: the input, where there is one, follows after an empty line."""
-    asked = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
-    user = {"role": "user", "content": "\n\n".join(filter(None, asked))}
-    return Conversation((*_system(record), user, {"role": "assistant", "content": _text(record, "output")}))
+    return Conversation((*system(record), *asked(record), {"role": "assistant", "content": _text(record, "output")}))
+
+
+def asked(record: Fields) -> list[dict[str, Any]]:
+    """What the user says in Alpaca's format."""
+    said = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
+    return [{"role": "user", "content": "\n\n".join(filter(None, said))}]
 
 
 def _prompt_response(record: Fields) -> Conversation:
     """{"prompt", "response"}, {"prompt", "completion"} or {"question", "answer"}: texts, or lists of messages."""
-    asked, answered = next((pair for pair in _PAIRS if record.keys() >= set(pair)), _PAIRS[0])
-    turns = (*_turns(record, asked, "user"), *_turns(record, answered, "assistant"))
-    return Conversation((*_system(record), *turns), _tools(record))
+    question, answer = next((pair for pair in _PAIRS if record.keys() >= set(pair)), _PAIRS[0])
+    said = (*turns(record, question, "user"), *turns(record, answer, "assistant"))
+    return Conversation((*system(record), *said), tools(record))
 
 
 FORMATS: dict[str, Callable[[Fields], Conversation]] = {
@@ -81,11 +85,11 @@ FORMATS: dict[str, Callable[[Fields], Conversation]] = {
 }
 
 
-def _message(message: Any) -> dict[str, Any]:
+def message(given: Any) -> dict[str, Any]:
     """One of OpenAI's messages as the template takes it: without what it does not show."""
-    if not isinstance(message, Mapping):
-        raise Malformed("not_a_turn", f"{message!r:.60} is no message with 'role' and 'content'; mend it")
-    role, content, calls = (message.get(name) for name in ("role", "content", "tool_calls"))
+    if not isinstance(given, Mapping):
+        raise Malformed("not_a_turn", f"{given!r:.60} is no message with 'role' and 'content'; mend it")
+    role, content, calls = (given.get(name) for name in ("role", "content", "tool_calls"))
     if content is None and calls:
         content = ""
     elif isinstance(content, Sequence) and not isinstance(content, str):
@@ -109,11 +113,12 @@ def _call(call: Any) -> dict[str, Any]:
     return {"name": name, "arguments": _from_json(arguments, f"the arguments of a call of {name!r}")}
 
 
-def _tools(record: Fields) -> tuple:
-    tools = _from_json(record.get("tools") or [], "tools")
-    if not isinstance(tools, Sequence):
-        raise Malformed("malformed_tools", f"tools are a list of definitions, not {tools!r:.60}; mend them")
-    return tuple(tools)
+def tools(record: Fields) -> tuple:
+    """Definitions of what the assistant may call."""
+    found = _from_json(record.get("tools") or [], "tools")
+    if not isinstance(found, Sequence):
+        raise Malformed("malformed_tools", f"tools are a list of definitions, not {found!r:.60}; mend them")
+    return tuple(found)
 
 
 def _from_json(value: Any, what: str) -> Any:
@@ -125,16 +130,19 @@ def _from_json(value: Any, what: str) -> Any:
         raise Malformed("not_json", f"{what} are not JSON ({error}): {value!r:.60}; mend them") from error
 
 
-def _turns(record: Fields, field: str, role: str) -> list[dict[str, Any]]:
+def turns(record: Fields, field: str, role: str) -> list[dict[str, Any]]:
+    """The messages of a field, or the one of this role that its text is."""
     value = record.get(field)
-    return list(map(_message, value)) if isinstance(value, list) else [{"role": role, "content": _text(record, field)}]
+    return list(map(message, value)) if isinstance(value, list) else [{"role": role, "content": _text(record, field)}]
 
 
-def _system(record: Fields) -> list[dict[str, Any]]:
+def system(record: Fields) -> list[dict[str, Any]]:
+    """The system message that stands in a field of its own, if one does."""
     return [{"role": "system", "content": _text(record, "system")}] if record.get("system") else []
 
 
-def _list(record: Fields, field: str) -> Sequence[Any]:
+def entries(record: Fields, field: str) -> Sequence[Any]:
+    """The list that a field holds."""
     value = _value(record, field)
     if not isinstance(value, list | tuple):
         raise Malformed(

@@ -16,7 +16,8 @@ import numpy as np
 from absl import flags
 
 from jaxllm.data.config import DataConfig, SourceConfig
-from jaxllm.data.packing import PLANS, Rows, supervised
+from jaxllm.data.packing import Rows, supervised
+from jaxllm.data.pairing import plan
 from jaxllm.data.tokens import Split, TokenStore
 
 Batch = dict[str, np.ndarray]
@@ -268,7 +269,7 @@ def _validation_rows(name: str, store: TokenStore, config: DataConfig, pad_id: i
 
 def _rows(store: TokenStore, offsets: np.ndarray, packing: str, config: DataConfig, pad_id: int) -> Rows:
     length = config.sequence_length
-    return Rows(store, PLANS[packing](offsets, length), length=length, pad_id=pad_id)
+    return Rows(store, plan(store, offsets, packing, length), length=length, pad_id=pad_id)
 
 
 def _no_row(name: str, packing: str, rows: Rows) -> ValueError:

@@ -19,11 +19,16 @@ _MANY_SIZES = 1000  # up to so many, brim-full rows are found within a second
 
 
 class Dropped(NamedTuple):
-    """What a plan leaves out: whole documents, ends of documents that it cuts, and the pairs of both."""
+    """What a plan leaves out: whole documents, ends of documents that it cuts, and the pairs of both.
+
+    identical, unanswered: units of preferences that the cut left with two equal answers, or with one that is empty.
+    """
 
     documents: int = 0
     ends: int = 0
     pairs: int = 0
+    identical: int = 0
+    unanswered: int = 0
 
 
 class Plan(Protocol):
@@ -72,19 +77,26 @@ class Concatenated:
 
 @dataclass(frozen=True)
 class Table:
-    """A plan written out: the pieces of row i are those from row_offsets[i] to row_offsets[i + 1]."""
+    """A plan written out: row i holds the lines row_offsets[i] to row_offsets[i + 1] of `starts` and `counts`.
 
-    spans: tuple[np.ndarray, np.ndarray]
+    starts, counts: [lines, k] index of the first token, and number of pairs, of pieces that lie side by side.
+    """
+
+    starts: np.ndarray
+    counts: np.ndarray
     row_offsets: np.ndarray
     dropped: Dropped
+
+    @property
+    def spans(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.starts.ravel(), self.counts.ravel()
 
     def __len__(self) -> int:
         return len(self.row_offsets) - 1
 
     def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        span = slice(self.row_offsets[row], self.row_offsets[row + 1])
-        starts, counts = self.spans
-        return starts[span], counts[span]
+        lines = slice(self.row_offsets[row], self.row_offsets[row + 1])
+        return self.starts[lines].ravel(), self.counts[lines].ravel()
 
 
 def best_fit(offsets: np.ndarray, length: int) -> Table:
@@ -98,7 +110,7 @@ def best_fit(offsets: np.ndarray, length: int) -> Table:
     piece_of_document = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     skipped = piece_of_document * length
     counts = np.minimum(np.repeat(pairs, num_pieces) - skipped, length)
-    return _table(np.repeat(offsets[:-1], num_pieces) + skipped, counts, length, Dropped())
+    return table(np.repeat(offsets[:-1], num_pieces) + skipped, counts, length, Dropped())
 
 
 def best_fit_whole(offsets: np.ndarray, length: int) -> Table:
@@ -106,7 +118,7 @@ def best_fit_whole(offsets: np.ndarray, length: int) -> Table:
     pairs = np.diff(offsets) - 1
     fits = pairs <= length
     dropped = Dropped(documents=int((~fits).sum()), pairs=int(pairs[~fits].sum()))
-    return _table(offsets[:-1][fits], pairs[fits], length, dropped)
+    return table(offsets[:-1][fits], pairs[fits], length, dropped)
 
 
 def best_fit_truncated(offsets: np.ndarray, length: int) -> Table:
@@ -114,7 +126,7 @@ def best_fit_truncated(offsets: np.ndarray, length: int) -> Table:
     pairs = np.diff(offsets) - 1
     counts = np.minimum(pairs, length)
     dropped = Dropped(ends=int((pairs > length).sum()), pairs=int((pairs - counts).sum()))
-    return _table(offsets[:-1], counts, length, dropped)
+    return table(offsets[:-1], counts, length, dropped)
 
 
 PLANS: dict[str, Callable[[np.ndarray, int], Plan]] = {
@@ -125,11 +137,13 @@ PLANS: dict[str, Callable[[np.ndarray, int], Plan]] = {
 }
 
 
-def _table(starts: np.ndarray, counts: np.ndarray, length: int, dropped: Dropped) -> Table:
-    rows = _fewest_rows(counts, length)
+def table(starts: np.ndarray, counts: np.ndarray, length: int, dropped: Dropped) -> Table:
+    """Of lines of pieces, [lines, k]; or [lines] of a piece each."""
+    counts = counts.reshape(len(counts), *counts.shape[1:] or [1])
+    rows = _fewest_rows(counts.sum(axis=1), length)
     order = np.argsort(rows, kind="stable")
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))])
-    return Table((starts[order], counts[order]), row_offsets, dropped)
+    return Table(starts.reshape(counts.shape)[order], counts[order], row_offsets, dropped)
 
 
 def _fewest_rows(counts: np.ndarray, length: int) -> np.ndarray:
@@ -205,6 +219,27 @@ def supervised(store: TokenStore) -> np.ndarray | None:
     return store.supervised if isinstance(store, TokenStore) else None
 
 
+def paired(store: TokenStore) -> bool:
+    """Whether a store holds units of preferences; documents in memory are none."""
+    return isinstance(store, TokenStore) and store.paired
+
+
+def judgements(store: TokenStore, index: np.ndarray) -> dict[str, np.ndarray]:
+    """The score of the document, and the margin of the unit, of each of these tokens; none but of preferences."""
+    if not paired(store):
+        return {}
+    unit = np.searchsorted(store.offsets, index, side="right") - 1
+    known = store.units[unit]
+    second = index - store.offsets[unit] >= known["second"]
+    return {"score_BT": np.where(second, *known["scores"].T[::-1]), "margin_BT": known["margin"]}
+
+
+def targets_of(marks: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How many of the targets of so many pairs from each start are marked."""
+    before = np.concatenate([[0], np.cumsum(marks, dtype=np.int64)])
+    return before[starts + counts + 1] - before[starts + 1]
+
+
 def columns(store: TokenStore) -> Mapping[str, np.ndarray]:
     """Further numbers per token, by their name in a batch; none, in general."""
     return store.columns if isinstance(store, AnnotatedStore) else {}
@@ -217,6 +252,9 @@ class Rows:
     and named as in the batch that it becomes a line of. Segments count from 1; 0 is padding. The mask is True where a
     target is supervised: in texts everywhere but in the padding. The columns of an annotated store come along, those
     of each pair's first token, with zeros in the padding.
+
+    In rows of preferences the p-th unit is segments 2p - 1 and 2p, the second left out where it has none, and there are
+    `score_BT` of the answer, NaN where none is known, and `margin_BT` (float32).
     """
 
     def __init__(self, store: TokenStore, plan: Plan, *, length: int, pad_id: int):
@@ -240,6 +278,7 @@ class Rows:
         tokens, marks = self._store.tokens, supervised(self._store)
         mask = np.ones(len(index), bool) if marks is None else marks[index + 1]
         beside = {name: values[index] for name, values in columns(self._store).items()}
+        beside |= judgements(self._store, index)
         return {
             "tokens_BT": self._to_length(tokens[index], np.int32, self._pad_id),
             "targets_BT": self._to_length(tokens[index + 1], np.int32, self._pad_id),
@@ -258,10 +297,7 @@ class Rows:
     def targets_of_spans(self) -> np.ndarray:
         """Supervised targets in each of the plan's spans."""
         (starts, counts), marks = self.plan.spans, supervised(self._store)
-        if marks is None:
-            return counts
-        before = np.concatenate([[0], np.cumsum(marks, dtype=np.int64)])
-        return before[starts + counts + 1] - before[starts + 1]
+        return counts if marks is None else targets_of(marks, starts, counts)
 
     @property
     def num_targets(self) -> int:
@@ -274,13 +310,14 @@ class Rows:
         Documents without a target are read for nothing, as where their answer lies beyond the end of a row.
         """
         pairs, dropped = int(self.plan.spans[1].sum()), self.plan.dropped
+        units = {"dropped_identical": dropped.identical, "dropped_unanswered": dropped.unanswered}
         return {
             "rows": len(self),
             "targets": self.num_targets,
             "pad_fraction": 1 - pairs / (len(self) * self._length) if len(self) else 0.0,
             "supervised_fraction": self.num_targets / max(pairs, 1),
-            "documents_without_target": int((self.targets_of_spans == 0).sum()),
+            "documents_without_target": int(((self.targets_of_spans == 0) & (self.plan.spans[1] > 0)).sum()),
             "dropped_documents": dropped.documents,
             "dropped_ends": dropped.ends,
             "dropped_targets": dropped.pairs,
-        }
+        } | (units if paired(self._store) else {})

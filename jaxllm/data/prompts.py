@@ -1,5 +1,7 @@
 """Prompts with the answers that the data give, out of a store of conversations: what to ask a model."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -15,11 +17,25 @@ class Prompt(NamedTuple):
 
 
 def prompts(store: TokenStore, count: int | None = None) -> list[Prompt]:
-    """One for each of the first ``count`` conversations of the store, or of all. ValueError for a store of texts."""
+    """One for each of the first ``count`` conversations of the store, or of all. ValueError for a store of texts.
+
+    A prompt of preferences comes once, however many there are, with the first answer to it that the store has.
+    """
     if store.supervised is None:
         raise ValueError(f"{store.directory} holds texts, which ask nothing: take a source of conversations")
+    if store.units is not None:
+        return list(islice(_distinct(store), count))
     spans = zip(store.offsets, store.offsets[1:][:count], strict=False)
     return [_prompt(store, start, stop) for start, stop in spans]
+
+
+def _distinct(store: TokenStore) -> Iterator[Prompt]:
+    seen = set()
+    for start, length in zip(store.offsets, store.units["second"], strict=False):
+        found = _prompt(store, start, start + length)
+        if found.prompt_ids.tobytes() not in seen:
+            seen.add(found.prompt_ids.tobytes())
+            yield found
 
 
 def _prompt(store: TokenStore, start: int, stop: int) -> Prompt:

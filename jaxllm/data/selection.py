@@ -44,7 +44,7 @@ def _answer_length(example: Example, seed: int) -> int:
     """Characters that are learned: long answers alone beat many (Zhao et al. 2024, arXiv 2402.04833)."""
     if isinstance(example.content, str):
         return len(example.content)
-    return len(chat.text(chat.responses(example.content)))
+    return sum(len(chat.text(chat.responses(each))) for each in example.conversations)
 
 
 def _lot(example: Example, seed: int) -> int:

@@ -1,7 +1,8 @@
 """Documents to tokens, once: a directory holds the flat ids and the offsets of the documents, or does not exist.
 
 A document is BOS, its text, EOS; or a conversation as the chat template renders it, whose store has the mask of what is
-supervised beside the ids. The order of the documents is a keyed shuffle of the source's, task by task.
+supervised beside the ids; or a unit of preferences, two such conversations, with what is known of them. The order of
+the documents is a keyed shuffle of the source's, task by task.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jaxllm.data import units
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.examples import TRAIN, VALIDATION, Example, labelled, resolved
 from jaxllm.data.selection import selected
@@ -43,6 +45,7 @@ class TokenStore:
 
     num_bytes: UTF-8 bytes of what is supervised, special tokens counting none. report: counts of what was kept and
     dropped, and why. chat: whether these are conversations. tasks: documents of each, where a tag tells them apart.
+    paired: whether they are units of preferences.
     """
 
     directory: Path
@@ -54,6 +57,7 @@ class TokenStore:
     report: dict[str, Any]
     chat: bool = False
     tasks: dict[str, int] = field(default_factory=dict)
+    paired: bool = False
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
@@ -69,6 +73,11 @@ class TokenStore:
     def supervised(self) -> np.ndarray | None:
         """bool per token of conversations; None of texts, in which every token is."""
         return mapped(self.directory / "supervised.bin", "bool", self.num_tokens) if self.chat else None
+
+    @functools.cached_property
+    def units(self) -> np.ndarray | None:
+        """A `units.UNIT` for each document of preferences; None of others."""
+        return mapped(self.directory / "units.bin", units.UNIT, self.num_documents) if self.paired else None
 
     @property
     def offsets_of_tasks(self) -> dict[str, np.ndarray]:
@@ -118,7 +127,7 @@ def open_store(directory: Path) -> TokenStore:
     try:
         description = json.loads((directory / "store.json").read_text(encoding="utf-8"))
         store = TokenStore(directory=directory, **description)
-        store.tokens, store.offsets, store.supervised  # noqa: B018  mapping them checks their length
+        store.tokens, store.offsets, store.supervised, store.units  # noqa: B018  mapping them checks their length
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"the token cache {directory.parent} is damaged ({error}): delete it") from error
     return store
@@ -198,7 +207,11 @@ def _selected(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, E
     return selected(functools.partial(labelled, source, config), source)
 
 
-def _rendered(contents: list, tokenizer: Tokenizer, source: SourceConfig) -> list[chat.Rendered]:
+def _rendered(
+    contents: list, tokenizer: Tokenizer, source: SourceConfig
+) -> list[chat.Rendered] | list[units.RenderedUnit]:
+    if source.is_preference:
+        return units.render(contents, tokenizer)
     if source.is_chat:
         return chat.render(contents, tokenizer, turns=source.turns)
     documents = (np.concatenate([[BOS_ID], ids, [EOS_ID]]) for ids in tokenizer.encode_batch(contents))
@@ -230,8 +243,9 @@ class _Writer:
         self._columns = {"tokens": self.dtype} | ({"supervised": np.dtype(bool)} if source.is_chat else {})
         self._arrived = {name: (directory / f"{name}.arrived").open("wb") for name in self._columns}
         self._keys, self._offsets, self._tasks = array("Q"), array("q", [0]), []
+        self._units: list[tuple] = []
 
-    def append(self, example: Example, document: chat.Rendered) -> None:
+    def append(self, example: Example, document: chat.Rendered | units.RenderedUnit) -> None:
         for name, file in self._arrived.items():
             file.write(getattr(document, name).astype(self._columns[name]))
         self.num_tokens += len(document.tokens)
@@ -240,6 +254,8 @@ class _Writer:
         self._keys.append((example.key + len(self._keys) * _GOLDEN) % 2**64)
         self._offsets.append(self.num_tokens)
         self._tasks.append(example.task)
+        if self.source.is_preference:
+            self._units.append(document.numbers)
 
     def close(self) -> None:
         for file in self._arrived.values():
@@ -259,12 +275,16 @@ class _Writer:
             path.unlink()
         with (self.directory / "offsets.bin").open("wb") as file:
             file.write(np.concatenate([[0], np.cumsum(np.diff(offsets)[order])]).astype(np.int64))
+        if self.source.is_preference:
+            (self.directory / "units.bin").write_bytes(np.array(self._units, units.UNIT)[order].tobytes())
         counts = dict(num_documents=len(order), num_tokens=self.num_tokens, num_bytes=self.num_bytes)
         report = counts | dropped
         options = {}
         if self.source.is_chat:
             options["chat"] = True
             report["format"] = self.source.format
+        if self.source.is_preference:
+            options["paired"] = True
         if self.source.tag:
             options["tasks"] = report["tasks"] = {task: tasks[task] for task in place}
         description = dict(dtype=self.dtype.name, fingerprint=fingerprint, report=report, **counts, **options)

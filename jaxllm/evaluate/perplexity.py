@@ -31,7 +31,8 @@ def evaluator(objective: Callable, prepare: Callable, place: Callable) -> Callab
 
     @jax.jit
     def summed(params, batch, frozen):
-        measured = jax.lax.map(lambda micro_batch: objective(params, micro_batch, **frozen)[1], prepare(batch))
+        given = prepare(params, batch, **frozen)
+        measured = jax.lax.map(lambda micro_batch: objective(params, micro_batch, **frozen)[1], given)
         return jax.tree.map(jnp.sum, measured)
 
     def evaluate(params: Tree, batches: Iterable, **frozen: Tree) -> dict[str, Ratio]:
@@ -85,6 +86,6 @@ def of_files(
     return likelihood(evaluate(params, batches)["nll"], documents.num_bytes)
 
 
-def weighed(batch: dict) -> dict:
+def weighed(params: Tree, batch: dict, **frozen: Tree) -> dict:
     """The batch with ``weight_BT``: every unmasked token of all its micro-batches together counts the same."""
     return batch | {"weight_BT": token_weights(batch["mask_BT"])}

@@ -20,7 +20,8 @@ def validation(
     byte_lengths_V: np.ndarray,
     **frozen: Tree,
 ) -> Row:
-    """Likelihood under ``params`` and the objective's other metrics, of all sources together and of each if several.
+    """The objective's metrics under ``params``, of all sources together and of each if several; what none counts is
+    left out. Where ``nll`` is one of them, it is the loss, and perplexity and bits per byte stand beside it.
 
     ``evaluate`` is what ``evaluator`` returned; a source is a function that returns its batches anew. Names begin with
     ``validation_`` and end with the source's name after a slash, where they are of one alone.
@@ -39,15 +40,11 @@ def validation(
 
 
 def _row(measured: dict[str, Ratio], num_bytes: int, ending: str) -> Row:
-    nll, others = measured["nll"], {name: ratio for name, ratio in measured.items() if name != "nll"}
-    text = likelihood(nll, num_bytes)
-    row = {
-        "validation_loss": text["nats_per_token"],
-        "validation_perplexity": text["perplexity"],
-        "validation_bits_per_byte": text["bits_per_byte"],
-        **{f"validation_{name}": ratio.total / ratio.count for name, ratio in others.items()},
-    }
-    return {f"{name}{ending}": value for name, value in row.items()}
+    row = {name: float(ratio.value) for name, ratio in measured.items() if name != "nll" and ratio.count}
+    if "nll" in measured:
+        text = likelihood(measured["nll"], num_bytes)
+        row |= {"loss": text["nats_per_token"], **{name: text[name] for name in ("perplexity", "bits_per_byte")}}
+    return {f"validation_{name}{ending}": value for name, value in row.items()}
 
 
 def _over_processes(count: int) -> int:

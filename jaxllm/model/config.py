@@ -71,6 +71,7 @@ class DecoderConfig:
     output_bias: bool
     mlp_bias: bool
     tied_head: bool
+    scalar_head: bool
     embedding_scale: float
     attention_scale: float
     attention_soft_cap: float

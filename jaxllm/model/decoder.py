@@ -35,6 +35,7 @@ class Model(NamedTuple):
     )
     score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature) -> (logp_BT, logz_BT, entropy_BT)
     cross_entropy: Callable  # (params, hidden_BTD, tokens_BT, weight_BT, *, z_coef) -> (loss, logp_BT)
+    scalars: Callable  # (params, hidden_BTD) -> scalar_BT, of a model with a scalar head
     cache: Callable  # (batch_size, length) -> cache
     extend: Callable  # (params, cache, tokens_BT, lengths_B) -> (logits_BV, cache)
     decode: Callable  # (params, cache, tokens_B) -> (logits_BV, cache)
@@ -60,6 +61,7 @@ def build(config: DecoderConfig) -> Model:
         hidden=hidden,
         score=partial(heads.score, config),
         cross_entropy=partial(heads.cross_entropy, config),
+        scalars=heads.scalars,
         cache=partial(decoding.empty_cache, config),
         extend=extend,
         decode=lambda params, cache, tokens_B: extend(params, cache, tokens_B[:, None], jnp.ones_like(tokens_B)),
@@ -90,7 +92,22 @@ def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
         (r"blocks/(attention|mlp)_(pre|post)_norm/scale", "l."),
         (r"final_norm/scale", "."),
         (r"head/kernel", "dv"),
+        (r"scalar_head/kernel", "."),
+        (r"scalar_head/bias", ""),
     )
+
+
+def with_scalar_head(config: DecoderConfig, params: Tree) -> Tree:
+    """The parameters of a model without a scalar head as those of one with it, all zeros, where the config has it.
+
+    Raises ``ValueError`` where they have one and the config has not.
+    """
+    if "scalar_head" in params and not config.scalar_head:
+        raise ValueError(
+            "the parameters to start from have a scalar head (a reward or value model's), this run's model has none: "
+            "set model.scalar_head=True, or start from another run"
+        )
+    return {"scalar_head": heads.empty_scalar_head(config)} | params if config.scalar_head else params
 
 
 class _Functions(NamedTuple):
@@ -114,7 +131,7 @@ def _init(config: DecoderConfig, inits: dict[str, Callable], key: jax.Array) -> 
     }
     params = {name: init(keys[name]) for name, init in inits.items() if name != "blocks"}
     params["blocks"] = jax.vmap(inits["blocks"])(jax.random.split(keys["blocks"], config.num_layers))
-    return params
+    return params | ({"scalar_head": heads.empty_scalar_head(config)} if config.scalar_head else {})
 
 
 def _hidden(

@@ -1,4 +1,4 @@
-"""From hidden states to logits: the language-model head."""
+"""From hidden states to logits, and to one number per position: the language-model head and the scalar head."""
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,17 @@ def score(
         soft_cap=config.logit_soft_cap,
         operand_dtype=config.operand_dtype,
     )
+
+
+def empty_scalar_head(config: DecoderConfig) -> Tree:
+    """The scalar head's parameters, all zeros: before training every reward and every value is 0."""
+    return {"kernel": jnp.zeros(config.width), "bias": jnp.zeros(())}
+
+
+def scalars(params: Tree, hidden_BTD: jax.Array) -> jax.Array:
+    """scalar_BT, float32: the scalar head's number of each position."""
+    own = params["scalar_head"]
+    return jnp.einsum("btd,d->bt", hidden_BTD.astype(jnp.float32), own["kernel"]) + own["bias"]
 
 
 def cross_entropy(config: DecoderConfig, params: Tree, hidden_BTD, tokens_BT, weight_BT, *, z_coef: float = 0.0):

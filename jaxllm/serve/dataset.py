@@ -30,6 +30,8 @@ from jaxllm.text.special_tokens import BOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
+Entries = Iterator[tuple[int, dict[str, Any] | str]]
+
 
 class Task(NamedTuple):
     """What a teacher is asked: a prompt, and a function from its answer to the record that is written of it.
@@ -80,24 +82,44 @@ def write(
     decides the answers: it is kept in ``path`` + ``.made_by``, and where that says something else ``ValueError`` names
     the difference. Whatever lies at ``path`` without it is not overwritten: ``ValueError`` too.
     """
+    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
+    prompts = [task.prompt for task in tasks]
+
+    def records(known: set[int]) -> Entries:
+        for number, answer in answered(model, params, prompts, jax.random.key(seed), **how, known=known):
+            yield number, tasks[number].record(answer)
+
+    return append(path, records, total=len(tasks), made_by=made_by)
+
+
+def append(
+    path: str | os.PathLike,
+    records: Callable[[set[int]], Entries],
+    *,
+    total: int,
+    made_by: Mapping[str, Any],
+    shown: str = "answers",
+) -> Counter:
+    """Appends to ``path`` what ``records`` yields of ``total`` tasks, given the numbers of those that are done.
+
+    It yields (number, record, or the reason for which there is none). Files, counts and errors are those of ``write``.
+    ``shown`` is the name of a progress bar; "" shows none.
+    """
     path = Path(path)
     dropped = path.with_name(f"{path.name}.dropped")
     _begin(path, made_by)
-    before = [*_whole_records(path), *_whole_records(dropped)]
+    before = [*whole_records(path), *whole_records(dropped)]
     counts = Counter(record.get("dropped", "written") for record in before)
-    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
-    known, prompts = {record["task"] for record in before}, [task.prompt for task in tasks]
-    bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())
-    with path.open("a", encoding="utf-8") as records, dropped.open("a", encoding="utf-8") as others, bar:
-        shown = bar.add_task("answers", total=len(tasks), completed=len(before))
-        for number, answer in answered(model, params, prompts, jax.random.key(seed), **how, known=known):
-            record = tasks[number].record(answer)
+    bar = Progress(console=Console(stderr=True), disable=not (shown and sys.stderr.isatty()))
+    with path.open("a", encoding="utf-8") as written, dropped.open("a", encoding="utf-8") as others, bar:
+        progress = bar.add_task(shown, total=total, completed=len(before))
+        for number, record in records({record["task"] for record in before}):
             reason = record if isinstance(record, str) else "written"
-            file, fields = (records, record) if reason == "written" else (others, {"dropped": reason})
+            file, fields = (written, record) if reason == "written" else (others, {"dropped": reason})
             file.write(json.dumps({"task": number, **fields}, ensure_ascii=False) + "\n")
             file.flush()
             counts[reason] += 1
-            bar.advance(shown)
+            bar.advance(progress)
     return counts
 
 
@@ -147,7 +169,7 @@ def _begin(path: Path, made_by: Mapping[str, Any]) -> None:
         )
 
 
-def _whole_records(path: Path) -> list[dict[str, Any]]:
+def whole_records(path: Path) -> list[dict[str, Any]]:
     """The records of a file, from whose end a line that was cut is removed."""
     if not path.exists():
         return []

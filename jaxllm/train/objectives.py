@@ -64,7 +64,7 @@ def next_token(model: Model, config: ObjectiveConfig) -> Objective:
     """
 
     def objective(params: Tree, batch: Batch):
-        hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
+        hidden_BTD = hidden_states(model, params, batch, config.neftune_alpha)
         targets_BT, weight_BT = batch["targets_BT"], batch["weight_BT"]
         loss, logp_BT = model.cross_entropy(params, hidden_BTD, targets_BT, weight_BT, z_coef=config.z_coef)
         return loss, {"nll": _mean(-logp_BT, batch["mask_BT"])}
@@ -99,7 +99,7 @@ def stored_distillation(model: Model, config: ObjectiveConfig) -> Objective:
     """
 
     def objective(params: Tree, batch: Batch):
-        hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
+        hidden_BTD = hidden_states(model, params, batch, config.neftune_alpha)
         stored = batch["teacher_ids_BTK"], batch["teacher_logp_BTJ"]
         how = _distributions(model, config)
         jsd_BT = chunked_top_k_jsd(hidden_BTD, heads.head(model.config, params), *stored, beta=config.beta, **how)
@@ -146,7 +146,7 @@ def _top_k_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -
 
 def _whole_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -> Objective:
     def objective(params: Tree, batch: Batch, *, teacher_params: Tree):
-        hidden_BTD = _hidden(model, params, batch, config.neftune_alpha)
+        hidden_BTD = hidden_states(model, params, batch, config.neftune_alpha)
         jsd_BT = chunked_generalized_jsd(
             hidden_BTD,
             heads.head(model.config, params),
@@ -161,7 +161,7 @@ def _whole_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -
     return objective
 
 
-def _hidden(model: Model, params: Tree, batch: Batch, neftune_alpha: float) -> jax.Array:
+def hidden_states(model: Model, params: Tree, batch: Batch, neftune_alpha: float = 0.0) -> jax.Array:
     """The model's hidden states of a batch, with the noise that its keys ask for."""
     noise_key, segments_BT, noise_BTD = batch.get("noise_key"), batch["segments_BT"], None
     if noise_key is not None and neftune_alpha > 0:
@@ -178,7 +178,7 @@ def _hidden(model: Model, params: Tree, batch: Batch, neftune_alpha: float) -> j
 
 def _teacher_hidden(teacher: Model, teacher_params: Tree, batch: Batch) -> jax.Array:
     """Without dropout and noise, which are the student's."""
-    return _hidden(teacher, teacher_params, batch | {"dropout_key": None, "noise_key": None}, 0.0)
+    return hidden_states(teacher, teacher_params, batch | {"dropout_key": None, "noise_key": None})
 
 
 def _distributions(model: Model, config: ObjectiveConfig) -> dict:

@@ -78,6 +78,32 @@ def random_chats():
     return _random_chats
 
 
+def _random_preferences(count, *, longest=30, seed=0):
+    draw = random.Random(seed)
+
+    def said(tail):
+        return "".join(draw.choices("abcdé ▁\n", k=draw.randint(0, longest))) + tail
+
+    return [
+        {
+            "prompt": f"{index // 2}?",
+            "chosen": said(f"!{index}"),
+            "rejected": said(f".{index}"),
+            "score_chosen": 1 + draw.randint(1, 4),
+            "score_rejected": 1,
+            "margin": draw.random(),
+            "task": draw.choice(["maths", "prose"]),
+        }
+        for index in range(count)
+    ]
+
+
+@pytest.fixture
+def random_preferences():
+    """A function: how many, longest=30, seed=0 -> records of pairs of distinct answers, two of them to each prompt."""
+    return _random_preferences
+
+
 @pytest.fixture
 def chats(tmp_path):
     """A function: records by source name, fields of each SourceConfig, fields of DataConfig -> (config, stores)."""

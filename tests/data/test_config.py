@@ -1,7 +1,7 @@
 import pytest
 
 from jaxllm.data import config as config_module
-from jaxllm.data import conversations, examples, packing, selection
+from jaxllm.data import conversations, examples, packing, preferences, selection
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.text import chat
 
@@ -53,7 +53,11 @@ def test_sources_may_come_as_mappings_of_their_fields():
 def test_each_name_that_a_config_may_hold_is_a_function():
     assert set(config_module.PACKINGS) == set(packing.PLANS)
     assert set(config_module.SPLITS) == set(examples.SPLITS)
-    assert set(config_module.FORMATS) == {"text", "auto"} | set(conversations.FORMATS)
+    assert set(config_module.PREFERENCES) == {"preference"} | set(preferences.FORMATS)
+    chats = {"auto"} | set(conversations.FORMATS)
+    assert set(config_module.FORMATS) == {"text"} | chats | set(config_module.PREFERENCES)
+    assert set(config_module.PAIRS) == set(preferences.PAIRS)
+    assert set(config_module.ANSWERS) == set(examples.CONTENTS)
     assert set(config_module.TURNS) == set(chat.TURNS)
     assert set(config_module.SELECTIONS) == {"all"} | set(selection.CHOICES)
     assert set(config_module.WHOLE) <= set(config_module.PACKINGS)
@@ -69,6 +73,11 @@ def test_each_name_that_a_config_may_hold_is_a_function():
         ({"turns": "first", "format": "auto"}, r"turns='first' is not one of \('all', 'last'\)"),
         ({"turns": "last"}, "turns='last' and response_only=False of a are of conversations: set format to 'auto'"),
         ({"response_only": True}, "response_only=True of a are of conversations"),
+        ({"format": "preference", "response_only": True}, "response_only=True of a: a preference is between answers"),
+        ({"format": "pairs", "pairs": "some"}, r"pairs='some' is not one of \('all', 'best_worst'\)"),
+        ({"format": "thumbs", "answers": "both"}, r"answers='both' is not one of \('paired', 'alone', 'chosen'\)"),
+        ({"format": "auto", "answers": "alone"}, "answers='alone' of a are of preferences: set format to 'preference'"),
+        ({"pairs": "best_worst"}, "pairs='best_worst' and answers='paired' of a are of preferences: .*, not 'text'"),
         ({"on_error": "ignore"}, r"on_error='ignore' is not one of \('raise', 'skip'\)"),
         ({"packing": "dense"}, "packing='dense' is not one of"),
         ({"select": "best"}, r"select='best' is not one of \('all', 'longest'"),
@@ -104,3 +113,20 @@ def test_the_tail_of_conversations_cannot_be_held_out():
     with pytest.raises(ValueError, match="source 'a' holds conversations, of which split='tail' holds out none"):
         DataConfig(sources={"a": SourceConfig("a.jsonl", **fields)}, split="tail")
     DataConfig(sources={"a": SourceConfig("a.jsonl", validation_path="b.jsonl", **fields)}, split="tail")
+
+
+def test_rows_of_preferences_are_mixed_with_no_others():
+    def mixed(*sources):
+        named = {f"s{i}": SourceConfig("a.jsonl", **fields) for i, fields in enumerate(sources)}
+        return DataConfig(sources=named, packing="best_fit_whole")
+
+    pairs, alone = {"format": "preference"}, {"format": "pairs", "answers": "alone"}
+    chosen, chats, texts = {"format": "pairs", "answers": "chosen"}, {"format": "auto"}, {}
+    for some in ((pairs, chats), (pairs, texts), (alone, pairs), (chosen, pairs)):
+        with pytest.raises(
+            ValueError, match=r"sources \['s0', 's1'\] mix \[.*\], whose rows differ: give them to runs"
+        ):
+            mixed(*some)
+    assert [each.is_preference for each in mixed(pairs, {"format": "thumbs"}).sources.values()] == [True, True]
+    assert [each.is_preference for each in mixed(chosen, chats, texts).sources.values()] == [False] * 3
+    assert all(SourceConfig("a", **fields).is_chat for fields in (pairs, alone, chosen, chats))

@@ -467,3 +467,131 @@ def test_rows_of_conversations_go_to_another_process_by_their_place(chats, rando
     copy = pickle.dumps(rows)
     assert len(copy) < 2000 < store.num_tokens
     assert np.array_equal(pickle.loads(copy)[0]["mask_BT"], rows[0]["mask_BT"])
+
+
+# ---- preferences ----
+
+ONE = dict(batch_size=1, micro_batches=1, pad_id=0)
+
+
+def compared(chats, records, fields=(), **options):
+    return chats({"a": records}, {"format": "preference", **options}, **{"sequence_length": 150, **dict(fields)})
+
+
+def epoch_of(stores, config):
+    batches = train_batches(stores, config, **ONE)
+    return take(batches, batches.reports["a"]["rows"])
+
+
+def units_of(batches):
+    """Of every pair of segments: the text of the inputs, the supervised text, score and margin of each."""
+    return sorted(
+        tuple(_document(line, each) for each in (number, number + 1))
+        for batch in batches
+        for line in zip(*(array.reshape(-1, array.shape[-1]) for _, array in sorted(batch.items())), strict=True)
+        for number in range(1, line[4].max(initial=0) + 1, 2)
+    )
+
+
+def _document(line, number):
+    margins, mask, _, scores, segments, targets, tokens = line  # by name
+    real = segments == number
+    (score,), (margin,) = np.unique(scores[real]), np.unique(margins[real])
+    spoken = byte_tokenizer().decode(targets[real & mask].tolist())
+    return byte_tokenizer().decode(tokens[real].tolist()), spoken, float(score), float(margin)
+
+
+def expected_of(records):
+    return sorted(
+        tuple(
+            (
+                f"<|bos|><|user|>{record['prompt']}<|end|><|assistant|>{record[name]}<|end|>",
+                f"{record[name]}<|end|>",
+                float(record[f"score_{name}"]),
+                float(np.float32(record["margin"])),
+            )
+            for name in ("chosen", "rejected")
+        )
+        for record in records
+    )
+
+
+def test_an_epoch_holds_each_pair_once_and_the_end_of_an_answer_is_an_input(chats, random_preferences):
+    records = random_preferences(60)
+    config, stores = compared(chats, records, {"validation": 0.3})
+    trained = units_of(epoch_of(stores, config))
+    held_out = units_of(validation_batches(stores, config, **SHAPE))
+    assert held_out and sorted(trained + held_out) == expected_of(records)
+    asked, kept = ({unit[0][0].split("<|end|>")[0] for unit in side} for side in (trained, held_out))
+    assert not asked & kept and len(asked) + len(kept) == 30
+
+
+def test_a_batch_of_preferences_has_the_dtypes_of_the_contract_however_it_is_cut(chats, random_preferences):
+    config, stores = compared(chats, random_preferences(60))
+    whole = next(train_batches(stores, config, **{**SHAPE, "micro_batches": 1}))
+    assert {name: array.dtype for name, array in whole.items()} == {
+        "tokens_BT": np.int32, "targets_BT": np.int32, "positions_BT": np.int32, "segments_BT": np.int32,
+        "mask_BT": bool, "score_BT": np.float32, "margin_BT": np.float32,
+    }  # fmt: skip
+    parts = next(train_batches(stores, config, **SHAPE))
+    assert {array.shape for array in parts.values()} == {(2, 4, 150)}
+    assert same([parts], [{name: array.reshape(2, 4, 150) for name, array in whole.items()}])
+    (filled,) = validation_batches(stores, config, **{**SHAPE, "batch_size": 32})
+    blank = ~filled["segments_BT"].any(axis=-1)
+    assert blank.any() and not filled["score_BT"][blank].any() and not filled["margin_BT"][blank].any()
+
+
+def test_an_answer_alone_comes_with_its_verdict_beside_one_of_which_none_is_known(chats, random_preferences):
+    records = random_preferences(40)
+    config, stores = compared(chats, records, {"validation": 0.0}, answers="alone")
+    found = units_of(epoch_of(stores, config))
+    liked = {f"{record['chosen']}<|end|>": record["prompt"] for record in records}
+    disliked = {f"{record['rejected']}<|end|>": record["prompt"] for record in records}
+    prompts = liked | disliked
+    verdicts = sorted((own[1], own[2]) for own, _ in found)
+    assert verdicts == sorted([(text, 1.0) for text in liked] + [(text, 0.0) for text in disliked])
+    for own, other in found:
+        for text, spoken, *_ in (own, other):
+            assert text == f"<|bos|><|user|>{prompts[own[1]]}<|end|><|assistant|>{spoken}"
+        assert prompts[other[1]] != prompts[own[1]] and np.isnan(other[2]) and own[3] == other[3] == 0.0
+
+
+def test_better_answers_alone_are_conversations_and_mix_with_texts(prepared, chats, texts, random_preferences):
+    records = random_preferences(40)
+    config, stores = compared(chats, records, {"validation": 0.0}, answers="chosen")
+    found = supervised_runs(epoch_of(stores, config), byte_tokenizer())
+    assert sorted(found) == sorted(f"{record['chosen']}<|end|>" for record in records)
+    replay, replayed = prepared({"replay": texts}, sequence_length=150)
+    both = DataConfig(sources=config.sources | replay.sources, sequence_length=150, packing="best_fit_whole")
+    batch = next(train_batches(stores | replayed, both, **SHAPE))
+    assert "score_BT" not in batch and batch["mask_BT"].any()
+
+
+def test_batches_of_preferences_resume_and_are_shared_by_processes(chats, random_preferences):
+    config, stores = compared(chats, random_preferences(60), {"validation": 0.0}, format="pairs", answers="paired")
+    batches = train_batches(stores, config, **SHAPE)
+    take(batches, 3)
+    state, expected = batches.get_state(), take(batches, 2)
+    batches.set_state(state)
+    assert same(take(batches, 2), expected)
+    shares = [take(train_batches(stores, config, **SHAPE, process_index=index, process_count=2), 5) for index in (0, 1)]
+    whole = take(train_batches(stores, config, **SHAPE), 5)
+    for name in ("tokens_BT", "score_BT", "margin_BT"):
+        together = [np.concatenate([share[i][name] for share in shares], axis=1) for i in range(5)]
+        for found, batch in zip(together, whole, strict=True):
+            assert sorted(map(bytes, found.reshape(8, -1))) == sorted(map(bytes, batch[name].reshape(8, -1)))
+
+
+def test_preferences_that_all_are_too_long_are_refused(chats, random_preferences):
+    config, stores = compared(chats, random_preferences(40), {"sequence_length": 12})
+    with pytest.raises(ValueError, match=r"source 'a' has no row: .*'dropped_documents': [1-9].*raise sequence_length"):
+        train_batches(stores, config, **SHAPE)
+
+
+def test_tasks_of_preferences_are_balanced(chats, random_preferences):
+    config, stores = compared(chats, random_preferences(80), {"validation": 0.0}, tag="task", balance=0.0)
+    batches = train_batches(stores, config, **SHAPE)
+    assert set(batches.reports) == {"a/maths", "a/prose"}
+    assert sum(report["rows"] for report in batches.reports.values()) > 4
+    units = units_of(take(batches, 8))
+    assert {unit for unit in units} <= set(expected_of(random_preferences(80)))

@@ -3,6 +3,7 @@ import pytest
 from jaxllm.data.config import SourceConfig
 from jaxllm.data.examples import TRAIN, VALIDATION, Example, content_key
 from jaxllm.data.selection import selected
+from jaxllm.data.units import Unit
 from jaxllm.text.chat import Conversation
 
 
@@ -41,6 +42,14 @@ def test_the_longest_are_those_with_the_longest_answers():
     chats = [chat("a" * 50, "b"), chat("a", "b" * 9), chat("a", "b" * 30), chat("a" * 20, "b" * 10)]
     assert kept(chats, "longest", 2) == [2, 3]
     assert kept(["a", "bbb", "cc"], "longest", 1) == [1]
+
+
+def test_the_longest_units_are_those_whose_answers_together_are():
+    def unit(*answers):
+        prompt = Conversation(({"role": "user", "content": "a" * 50},))
+        return Unit(prompt, *(({"role": "assistant", "content": answer},) for answer in answers))
+
+    assert kept([unit("b" * 9, "c" * 9), unit("b" * 12), unit("b", "c" * 18)], "longest", 2) == [0, 2]
 
 
 def test_the_highest_and_the_lowest_score_are_kept():

@@ -361,3 +361,108 @@ def test_a_tokenizer_may_learn_from_what_conversations_say(chats, random_chats):
     spelled = [TOKENIZER.decode(tokens) for tokens, _ in stored_of(stores["a"].train)]
     said = [re.sub(r"<\|\w+\|>", "", text) for text in spelled]
     assert sorted(text.replace("\n", "") for text in found) == sorted(text.replace("\n", "") for text in said)
+
+
+# ---- preferences ----
+
+
+PREFERENCE = {"format": "preference"}
+
+
+def units_of(records):
+    """What the template makes of both conversations of each record, an end of document after each, and its numbers."""
+    found = []
+    for record in records:
+        asked = {"role": "user", "content": record["prompt"]}
+        pair = [
+            chat.Conversation((asked, {"role": "assistant", "content": record[name]}))
+            for name in ("chosen", "rejected")
+        ]
+        tokens, marks = [], []
+        for rendered in chat.render(pair, TOKENIZER):
+            tokens.append([*rendered.tokens.tolist(), EOS_ID])
+            marks += [*rendered.supervised.tolist(), False]
+        differ = next(place for place, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b)
+        numbers = (
+            len(tokens[0]),
+            differ,
+            np.float32(record["margin"]),
+            record["score_chosen"],
+            record["score_rejected"],
+        )
+        found.append((tokens[0] + tokens[1], marks, tuple(map(float, numbers))))
+    return sorted(found)
+
+
+def stored_units_of(*stores):
+    return sorted(
+        (
+            store.tokens[a:b].tolist(),
+            store.supervised[a:b].tolist(),
+            tuple(map(float, (unit["second"], unit["differ"], unit["margin"], *unit["scores"]))),
+        )
+        for store in stores
+        for a, b, unit in zip(store.offsets, store.offsets[1:], store.units, strict=False)
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"tag": "task"}])
+def test_a_store_of_preferences_holds_units_with_what_is_known_of_them(chats, random_preferences, options):
+    records = random_preferences(50)
+    _, stores = chats({"a": records}, {**PREFERENCE, **options})
+    assert stored_units_of(*stores["a"]) == units_of(records)
+    for store in stores["a"]:
+        assert store.paired and store.chat and len(store.units) == store.num_documents > 3
+        assert store.num_bytes == TOKENIZER.byte_lengths_V[store.tokens[store.supervised]].sum()
+        assert store.report["format"] == "pairs"
+        again = pickle.loads(pickle.dumps(store))
+        assert again == store and again.units.tobytes() == store.units.tobytes()
+
+
+def test_what_is_dropped_of_preferences_is_counted_in_the_store(chats, random_preferences):
+    flaws = [
+        {"prompt": "q", "chosen": "a", "rejected": "a"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "tie": True},
+    ]
+    _, stores = chats({"a": [*random_preferences(40), *flaws]}, PREFERENCE)
+    report = stores["a"].train.report
+    assert (report["dropped_identical"], report["dropped_tie"]) == (1, 1)
+    assert stores["a"].train.num_documents + stores["a"].validation.num_documents == 40
+
+
+def test_a_store_of_others_has_no_units(chats, prepared, random_chats, random_preferences, texts):
+    others = [
+        prepared({"a": texts})[1]["a"].train,
+        chats({"b": random_chats(50)})[1]["b"].train,
+        chats({"c": random_preferences(50)}, {**PREFERENCE, "answers": "chosen"})[1]["c"].train,
+    ]
+    for store in others:
+        assert store.units is None and not store.paired and not (store.directory / "units.bin").exists()
+        assert "paired" not in json.loads((store.directory / "store.json").read_text())
+    assert EOS_ID not in others[2].tokens
+
+
+def test_units_cut_short_are_refused(chats, random_preferences):
+    store = chats({"a": random_preferences(50)}, PREFERENCE)[1]["a"].train
+    os.truncate(store.directory / "units.bin", 10)
+    with pytest.raises(ValueError, match="units.bin has 10 bytes, not .*: delete it"):
+        open_store(store.directory)
+
+
+def test_every_option_that_decides_the_units_is_another_cache(chats, random_preferences):
+    records, found = random_preferences(50), []
+    for options in (
+        {}, {"format": "pairs"}, {"packing": "best_fit_truncated"}, {"answers": "alone"}, {"answers": "chosen"},
+        {"pairs": "best_worst"},
+    ):  # fmt: skip
+        found.append(chats({"a": records}, {**PREFERENCE, **options})[1]["a"].train.fingerprint)
+    assert found[0] == found[1] == found[2] and len(set(found)) == 4
+
+
+def test_a_tokenizer_may_learn_from_what_preferences_say(chats, random_preferences):
+    config, stores = chats({"a": random_preferences(40)}, PREFERENCE)
+    found = list(training_texts(config))
+    spelled = [TOKENIZER.decode(tokens) for tokens, _, _ in stored_units_of(stores["a"].train)]
+    assert sorted(text.replace("\n", "") for text in found) == sorted(
+        re.sub(r"<\|\w+\|>", "", text).replace("\n", "") for text in spelled
+    )

@@ -101,7 +101,7 @@ def test_bytes_are_those_of_unmasked_targets():
 
 def test_weights_of_a_batch_sum_to_one_over_all_its_micro_batches(packed_batch):
     batch = packed_batch(4, 8, T)
-    found = weighed({name: x for name, x in batch.items() if name != "weight_BT"})
+    found = weighed(None, {name: x for name, x in batch.items() if name != "weight_BT"})
     np.testing.assert_allclose(found["weight_BT"], batch["weight_BT"], rtol=1e-6)
     np.testing.assert_allclose(np.sum(found["weight_BT"]), 1.0, rtol=1e-6)
 

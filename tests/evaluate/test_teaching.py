@@ -329,7 +329,7 @@ def test_the_stage_reads_the_teacher_from_the_batches_alone_and_a_new_checkpoint
     assert not first.frozen and not first.rollout and first.batches.fingerprint == again.batches.fingerprint
     validation = first.validation["main"]
     for batches in (first.batches, iter(validation)):
-        batch = first.prepare({name: x[0] for name, x in next(batches).items()})
+        batch = first.prepare(None, {name: x[0] for name, x in next(batches).items()})
         params = first.model.init(jax.random.key(0))
         loss, metrics = jax.jit(first.objective)(params, batch)
         assert np.isfinite(loss) and set(metrics) == {"nll", "jsd"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxllm.losses import token_logprobs
-from jaxllm.model import heads
+from jaxllm.model import heads, with_scalar_head
 
 HIDDEN_BTD = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("f")
 TOKENS_BT = np.random.default_rng(1).integers(0, 40, (2, 3))
@@ -36,3 +36,26 @@ def test_scores_are_those_of_the_dense_logits(tiny, built, soft_cap):
         np.testing.assert_allclose(found[0], token_logprobs(logits_BTV / temperature, TOKENS_BT), atol=1e-5)
         np.testing.assert_allclose(found[1], jax.nn.logsumexp(logits_BTV / temperature, axis=-1), atol=1e-5)
         np.testing.assert_allclose(found[2], -(p_BTV * np.log(p_BTV)).sum(axis=-1), atol=1e-5)
+
+
+def test_a_scalar_head_starts_at_zero_and_is_a_float32_sum(tiny, built):
+    config = tiny(scalar_head=True, activation_dtype="bfloat16")
+    new = heads.empty_scalar_head(config)
+    assert not np.any(heads.scalars({"scalar_head": new}, HIDDEN_BTD))
+    own = built(config)[1]["scalar_head"]
+    assert own["kernel"].shape == (16,) and own["bias"].shape == ()
+    found = heads.scalars(built(config)[1], jnp.bfloat16(HIDDEN_BTD))
+    expected = np.float64(jnp.bfloat16(HIDDEN_BTD)) @ np.float64(own["kernel"]) + own["bias"]
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_only_a_model_with_a_scalar_head_takes_parameters_with_one(tiny, built):
+    plain, scalar = tiny(), tiny(scalar_head=True)
+    params = built(plain)[1]
+    assert with_scalar_head(plain, params) == params
+    completed = with_scalar_head(scalar, params)
+    assert completed.keys() == built(scalar)[1].keys() and completed["blocks"] is params["blocks"]
+    assert with_scalar_head(scalar, built(scalar)[1])["scalar_head"] is built(scalar)[1]["scalar_head"]
+    with pytest.raises(ValueError, match="have a scalar head .*set model.scalar_head=True"):
+        with_scalar_head(plain, completed)

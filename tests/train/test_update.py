@@ -143,7 +143,7 @@ def programs(config, mesh_shape, mesh, **loop_changes):
     model = build(config)
     stage = Stage(
         model=model, tokenizer=None, batches=None, validation=None, report={}, prompt=None,
-        prepare=lambda batch: batch | {"weight_BT": token_weights(batch["mask_BT"])},
+        prepare=lambda params, batch: batch | {"weight_BT": token_weights(batch["mask_BT"])},
         objective=next_token(model, ObjectiveConfig(0.0)),
     )  # fmt: skip
     return loop.compile_programs(run_config(values), stage, mesh)
