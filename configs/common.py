@@ -70,9 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.preference.beta = 0.1  # of the log-ratios: larger stays nearer to the reference; ORPO's lambda
     config.preference.label_smoothing = 0.0  # share of the labels thought to be flipped, of "dpo" and "robust_dpo"
     config.preference.gamma = 0.5  # margin by which "simpo" wants an answer to win
-    config.preference.length_normalised = (
-        False  # compare means over an answer's tokens, as "orpo" and "simpo" always do
-    )
+    config.preference.length_normalised = False  # compare means over an answer's tokens, as "orpo" and "simpo" do
     config.preference.sft_weight = 0.0  # of the chosen answers' cross-entropy beside the loss; "orpo" needs it, with 1
     config.preference.desirable_weight = 1.0  # of answers that people liked, of "kto"
     config.preference.undesirable_weight = 1.0  # of those that they did not like

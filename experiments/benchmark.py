@@ -34,6 +34,7 @@ from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_e
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
 from jaxllm.stages import STAGES, RunConfig, Stage, run_config  # noqa: E402
 from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS  # noqa: E402
+from jaxllm.train import preferences  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
 ONLY = flags.DEFINE_list("only", [], "sections to run, of those that the table of all of them has; all unless told")
@@ -124,6 +125,33 @@ def fine_tuning(bench: Bench, *, conversations: int = 2000) -> dict:
         found |= {f"{name}, {what}/s": spread(np.count_nonzero(x) / rounds[name]) for what, x in of.items()}
         found[f"{name}, times the time of texts"] = spread(rounds[name] / rounds["texts"])
     return found
+
+
+def preference(bench: Bench, *, pairs: int = 8, prompt: int = 64, answer: int = 64) -> dict:
+    """DPO's updates on pairs of answers, with a live and a stored reference, against fine-tuning on the same tokens."""
+    length = 2 * (prompt + answer)
+    draw, place = np.random.default_rng(0), np.broadcast_to(np.arange(length) % (prompt + answer), (pairs, length))
+    names = ("tokens_BT", "targets_BT")
+    batch = {name: draw.integers(1, bench.stage.model.config.vocab_size, (pairs, length), np.int32) for name in names}
+    batch |= {"positions_BT": place.astype(np.int32), "mask_BT": place >= prompt - 1}
+    batch["segments_BT"] = 1 + (np.arange(length, dtype=np.int32) >= length // 2) + 0 * batch["positions_BT"]
+    batch |= {name: np.zeros((pairs, length), np.float32) for name in ("score_BT", "margin_BT")}
+    batch = {name: x.reshape(bench.config.loop.micro_batches // 2, -1, length) for name, x in batch.items()}
+    model, of = bench.stage.model, bench.config.preference
+    tuned = bench.stage._replace(
+        prepare=preferences.referred(model, model, of), objective=preferences.preference(model, of), keys=()
+    )
+    stored = batch | {"ref_logp_BT": np.zeros_like(batch["score_BT"])}
+    frozen = {"ref_params": model.init(jax.random.key(bench.config.seed))}
+    programs = {
+        "fine-tuning": loop_step(bench.config, bench.stage, batch),
+        "DPO, live reference": loop_step(bench.config, tuned, batch, frozen),
+        "DPO, stored reference": loop_step(bench.config, tuned, stored),
+    }
+    rounds = turns({name: partial(seconds, run) for name, (run, _) in programs.items()}, bench.seconds)
+    found = {f"{name}, seconds": spread(taken) for name, taken in rounds.items()}
+    others = (name for name in programs if name != "fine-tuning")
+    return found | {f"{name}, times fine-tuning": spread(rounds[name] / rounds["fine-tuning"]) for name in others}
 
 
 def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) -> dict:
@@ -271,7 +299,8 @@ def embedding(bench: Bench, *, V: int = 32_000, T: int = 2048) -> dict:
 
 
 SECTIONS = {
-    section.__name__: section for section in (train, fine_tuning, decode, loss, loader, overhead, cache, embedding)
+    section.__name__: section
+    for section in (train, fine_tuning, preference, decode, loss, loader, overhead, cache, embedding)
 }
 
 
@@ -284,21 +313,21 @@ def staged(bench: Bench, **model) -> tuple[RunConfig, Stage]:
     return config, STAGES[config.stage](config, bench.directory)
 
 
-def loop_step(config: RunConfig, stage: Stage, batch) -> tuple[Callable, float]:
+def loop_step(config: RunConfig, stage: Stage, batch, frozen=None) -> tuple[Callable, float]:
     """(the loop's own step of this batch on its own mesh, seconds to compile it)."""
     with jax.set_mesh(mesh := sharding.mesh(config.mesh)):
         programs = loop.compile_programs(config, stage, mesh)
         return compiled(
-            programs.step, programs.init(jax.random.key(config.seed)), sharding.global_batch(batch, on=mesh)
+            programs.step, programs.init(jax.random.key(config.seed)), sharding.global_batch(batch, on=mesh), frozen
         )
 
 
-def compiled(program, state, batch) -> tuple[Callable, float]:
+def compiled(program, state, batch, frozen=None) -> tuple[Callable, float]:
     """(a function of no arguments that takes the next step and returns all of its results, seconds to compile it)."""
-    start = time.perf_counter()
-    executable = program.lower(state, batch, {}).compile()
+    start, frozen = time.perf_counter(), frozen or {}
+    executable = program.lower(state, batch, frozen).compile()
     compile_seconds = time.perf_counter() - start
-    return repeating(lambda state: executable(state, batch, {}), state), compile_seconds
+    return repeating(lambda state: executable(state, batch, frozen), state), compile_seconds
 
 
 def repeating(step: Callable, state) -> Callable:

@@ -3,9 +3,8 @@
     python experiments/evaluate.py --workdir=runs/pretrain --suite=perplexity --files='held_out/*.txt'
     python experiments/evaluate.py --workdir=runs/reward --suite=reward [--files=pairs.jsonl] [--ensemble runs/other]
 
-Writes evaluation.json into the run directory. perplexity: nats_per_token, perplexity, bits_per_byte, tokens and bytes of
-the files. reward: how often a reward model prefers what people preferred, of the files or of what it held out, with
-intervals and beside two trivial judges, and figures/calibration.png: how sure it is against how often it is right.
+Writes evaluation.json into the run directory. reward: how often a reward model prefers what people do, in the files or
+in what it held out, beside two trivial judges; and figures/calibration.png: how sure it is, how often it is right.
 """
 
 import argparse
@@ -20,8 +19,6 @@ from jaxllm.evaluate import perplexity, rewarding  # noqa: E402
 
 
 def measured_perplexity(args):
-    if not args.files:
-        raise ValueError("--suite=perplexity needs --files to read")
     length = args.sequence_length or workdir.config(args.workdir)["data"]["sequence_length"]
     how = dict(path=args.files, field=args.field, sequence_length=length, batch_size=args.batch_size)
     return perplexity.of_files(*workdir.load(args.workdir, step=args.step), **how)
@@ -30,8 +27,7 @@ def measured_perplexity(args):
 def measured_reward(args):
     members = [args.workdir, *args.ensemble]
     report, bins = rewarding.accuracy(members, path=args.files, step=args.step)
-    label = Path(args.workdir).name + f" and {len(args.ensemble)} more" * bool(args.ensemble)
-    figures.calibration({label: bins}, Path(args.workdir) / "figures" / "calibration.png")
+    figures.calibration({" and ".join(members): bins}, Path(args.workdir) / "figures" / "calibration.png")
     return report
 
 
@@ -52,8 +48,7 @@ def main():
     result = SUITES[args.suite](args)
     workdir.write_evaluation(args.workdir, result)
     for name, value in result.items():
-        shown = f"{value:,.6g}" if isinstance(value, float) else json.dumps(value)
-        print(f"{name:<20}{shown}")
+        print(f"{name:<20}" + (f"{value:,.6g}" if isinstance(value, float) else json.dumps(value)))
 
 
 if __name__ == "__main__":

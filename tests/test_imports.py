@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A file imports from lower floors only; a folder stands on one floor, and inside it imports go one way.
 FLOORS = {
     **dict.fromkeys(("tree", "metrics", "figures", "hardware", "einsum", "configure", "losses", "text"), 0),
-    **dict.fromkeys(("sharding", "data"), 1),
+    **dict.fromkeys(("sharding", "data", "rewards"), 1),
     **dict.fromkeys(("model", "checkpoint"), 2),
     **dict.fromkeys(("generate", "train", "workdir", "log"), 3),
     **dict.fromkeys(("evaluate", "rl"), 4),
@@ -26,7 +26,7 @@ FLOORS = {
 SAME_FLOOR = {("losses", "einsum"), ("rl", "evaluate")}
 MAY_COMPILE = ("loop", "generate", "evaluate", "hardware")
 MAY_TOUCH_FILES = ("text", "data", "checkpoint", "metrics", "figures", "workdir", "serve")
-NO_JAX = ("text", "data", "configure")
+NO_JAX = ("text", "data", "configure", "rewards")
 # Grain names an iterator's position get_state and set_state, and those who take one call them so.
 NOT_NAMES = re.compile(r"_?(get|compute)_(?!state$)|.*(Trainer|Manager|_fn$)|(utils|helpers)$")
 LONGEST_FILE, LONGEST_SCRIPT, LONG_SCRIPTS = 400, 60, ("benchmark.py", "reference.py")

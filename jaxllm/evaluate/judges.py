@@ -16,11 +16,11 @@ import numpy as np
 from jaxllm import workdir
 from jaxllm.configure import nearest
 from jaxllm.evaluate import rewarding
+from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
 from jaxllm.rewards.style import RULES
 from jaxllm.text import chat, verdicts
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -89,7 +89,10 @@ def prompted(model: Model, params: Tree, tokenizer: Tokenizer, *, batch_size: in
         _check(prompts, firsts, seconds)
         shown = [*zip(prompts, firsts, seconds, strict=True), *zip(prompts, seconds, firsts, strict=True)]
         asked = [chat.prompt(verdicts.comparison(*each), tokenizer) for each in shown]
-        logps = _batched(partial(log_probabilities, params), asked, batch_size)
+        logps = np.empty((len(asked), 2), np.float32)
+        for rows in by_length(asked, batch_size):
+            found = np.asarray(log_probabilities(params, rows.tokens_BT, rows.lengths_B))
+            logps[rows.numbers] = found[: len(rows.numbers)]
         margins = logps[:, 0] - logps[:, 1]
         first, second = np.sign(margins).reshape(2, -1) * [[1], [-1]]  # for the first answer, in both orders
         wins = np.where(first == second, (1 + first) / 2, 0.5)
@@ -187,17 +190,3 @@ def _log_probabilities(model, letters, params, tokens_BT, lengths_B):
     shown = jnp.broadcast_to(letters[None, :], (len(lengths_B), 2))
     logps, _, _ = model.score(params, jnp.repeat(last, 2, axis=1), shown)
     return logps
-
-
-def _batched(log_probabilities: Callable, asked: Sequence[Sequence[int]], batch_size: int) -> np.ndarray:
-    """[n, 2] in the order of what is asked. Rows of similar lengths share a batch; few shapes are compiled for."""
-    order = sorted(range(len(asked)), key=lambda number: len(asked[number]))
-    found = np.empty((len(asked), 2), np.float32)
-    for start in range(0, len(asked), batch_size):
-        numbers = order[start : start + batch_size]
-        lengths_B = np.array([len(asked[number]) for number in numbers] + [1] * (batch_size - len(numbers)))
-        tokens_BT = np.full((batch_size, max(16, 1 << int(lengths_B.max() - 1).bit_length())), PAD_ID, np.int32)
-        for row_T, number in zip(tokens_BT, numbers, strict=False):
-            row_T[: len(asked[number])] = asked[number]
-        found[numbers] = np.asarray(log_probabilities(tokens_BT, lengths_B))[: len(numbers)]
-    return found

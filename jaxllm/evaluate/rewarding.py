@@ -1,4 +1,4 @@
-"""What reward models say of answers: the mean of an ensemble, each member on its own scale, and how far they disagree."""
+"""What reward models say of answers: the mean of an ensemble, each member on its own scale, and its spread."""
 
 import math
 import os
@@ -16,10 +16,11 @@ from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.examples import TRAIN, VALIDATION, labelled, resolved
 from jaxllm.data.units import Unit
 from jaxllm.evaluate.ranking import Bin, calibration, calibration_error, win_rate
+from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import END_ID, PAD_ID
+from jaxllm.text.special_tokens import END_ID
 from jaxllm.tree import Tree
 
 BATCH_SIZE = 32
@@ -65,9 +66,9 @@ def accuracy(
     those that the first run holds out.
 
     The report has the accuracy with its 95 % interval, also over the pairs whose chosen answer is the longer or the
-    shorter one, beside two judges that read nothing: the longer answer wins, or a coin decides. ``calibration_error`` is
-    the mean distance of what the model is sure of from how often it is right. Raises as ``load`` and the sources do,
-    and ``ValueError`` where there is no pair.
+    shorter one, beside two judges that read nothing: the longer answer wins, or a coin decides.
+    ``calibration_error`` is the mean distance of what the model is sure of from how often it is right. Raises as
+    ``load`` and the sources do, and ``ValueError`` where there is no pair.
     """
     pairs = _pairs(workdir.config(directories[0]), path)
     each = []
@@ -91,19 +92,12 @@ def accuracy(
 def rewards(model: Model, params: Tree, sequences: Sequence[Sequence[int]]) -> np.ndarray:
     """The scalar head's number at the last token of each sequence of ids, float32; no neighbour changes it.
 
-    Sequences of similar lengths share a batch. Compiles once for each power of two that a longest one is rounded up to.
+    Compiles once for each power of two that a longest sequence of a batch is rounded up to.
     """
-    found = np.zeros(len(sequences), np.float32)
-    by_length = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
-    for start in range(0, len(sequences), BATCH_SIZE):
-        numbers = by_length[start : start + BATCH_SIZE]
-        longest = len(sequences[numbers[-1]])
-        tokens_BT = np.full((BATCH_SIZE, max(16, 1 << (longest - 1).bit_length())), PAD_ID, np.int32)
-        last_B = np.zeros(BATCH_SIZE, np.int32)
-        for row, number in enumerate(numbers):
-            tokens_BT[row, : len(sequences[number])] = sequences[number]
-            last_B[row] = len(sequences[number]) - 1
-        found[numbers] = _last_scalars(model, params, tokens_BT, last_B)[: len(numbers)]
+    found = np.empty(len(sequences), np.float32)
+    for rows in by_length(sequences, BATCH_SIZE):
+        scalars = _last_scalars(model, params, rows.tokens_BT, rows.lengths_B)
+        found[rows.numbers] = scalars[: len(rows.numbers)]
     return found
 
 
@@ -161,6 +155,6 @@ def _member(directory: str | os.PathLike, step: int | None) -> Callable[[Sequenc
 
 
 @partial(jax.jit, static_argnums=0)
-def _last_scalars(model: Model, params: Tree, tokens_BT: jax.Array, last_B: jax.Array) -> jax.Array:
+def _last_scalars(model: Model, params: Tree, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
     scalar_BT = model.scalars(params, model.hidden(params, tokens_BT))
-    return jnp.take_along_axis(scalar_BT, last_B[:, None], axis=1)[:, 0]
+    return jnp.take_along_axis(scalar_BT, lengths_B[:, None] - 1, axis=1)[:, 0]

@@ -12,7 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from rich.table import Table
+from rich import box
+from rich.table import Column, Table
 
 from jaxllm import loop, workdir
 from jaxllm.data.config import PREFERENCES
@@ -29,7 +30,10 @@ from jaxllm.text.chat import Conversation
 from jaxllm.text.tokenizer import Tokenizer
 
 Row = dict[str, Any]
-SHOWN = ("round", "written", "agreement", "consistency", "position_bias", "score", "characters")  # columns of a table
+COLUMNS = {  # of a table: name in a row -> what stands above it
+    "round": "round", "written": "pairs", "agreement": "agrees", "consistency": "steady", "position_bias": "bias",
+    "score": "score", "characters": "chars",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +114,11 @@ def rounds(
 
 def table(rows: Sequence[Row]) -> Table:
     """A line for each round."""
-    made = Table(*(name.replace("_", " ") for name in SHOWN))
-    made.add_column("win rate against round 0", no_wrap=True)
+    made = Table(*COLUMNS.values(), Column("win rate", no_wrap=True), box=box.SIMPLE_HEAD)
     for row in rows:
-        cells = (f"{row[name]:.3g}" if name in row else "" for name in SHOWN)
-        made.add_row(*cells, f"{row['win_rate']:.1%} ({row['low']:.1%} to {row['high']:.1%})")
+        told = (row.get(name, "") for name in COLUMNS)
+        cells = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in told)
+        made.add_row(*cells, f"{row['win_rate']:.1%} ({row['low']:.0%} to {row['high']:.0%})")
     return made
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import json
 import math
 
@@ -11,7 +13,7 @@ from jaxllm.configure import section
 from jaxllm.evaluate import duels, judges
 from jaxllm.evaluate.answers import Answer
 from jaxllm.evaluate.duels import Contest, Loaded, Player, Sampling, answer_logps, contest, divergence
-from jaxllm.evaluate.ranking import agreement, win_rate
+from jaxllm.evaluate.ranking import Game, agreement, bradley_terry, win_rate
 from jaxllm.figures import Point
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import DecoderConfig, build
@@ -69,7 +71,7 @@ def next_logps(loaded):
     forward = jax.jit(loaded[0].model.forward)
 
     def logps(params, ids):
-        padded = np.zeros((1, 16), np.int32)
+        padded = np.zeros((1, 32), np.int32)
         padded[0, : len(ids)] = ids
         return np.asarray(jax.nn.log_softmax(forward(params, padded)[0, : len(ids)]), np.float64)
 
@@ -94,12 +96,27 @@ def test_a_group_is_a_label_and_the_runs_that_a_pattern_names(run):
     assert duels.group(run) == (run, [Player(run, 2)])
 
 
+def test_a_program_serves_every_player_of_one_model_and_no_other(run, loaded):
+    saved, model = workdir.saved(run, step=1), loaded[0].model
+    assert duels._loaded(saved, like=model).model is model is not duels._loaded(saved).model
+    other = model._replace(config=None)
+    assert duels._loaded(saved, like=other).model is saved.model
+
+
+def test_seed_and_number_decide_an_answer_which_is_spoken_without_its_stop_token(loaded, ids):
+    model, params, tokenizer = loaded[0]
+    say = lambda seed, number: dataclasses.replace(SAMPLING, seed=seed).answers(model, params, ids, number)  # noqa: E731
+    assert say(1, 0) == say(1, 0) and say(1, 0) not in (say(1, 1), say(2, 0)) and say(1, 1) != say(2, 0)
+    assert duels.spoken(tokenizer, Answer([*tokenizer.encode("Hé"), END_ID], True)) == "Hé"
+
+
 # ---- divergence ----
 
 
 def test_log_probabilities_of_answers_are_those_of_the_whole_model_at_temperature_one(loaded, ids, next_logps):
     model, params, _ = loaded[0]
-    given = [[70, 71, END_ID], [80], [90, 91, 92, 93, 94, EOS_ID], [100, 101], [110]]
+    widest = [*range(50, 50 + 17 - len(ids[1]))]  # 16 pairs of tokens, and one more
+    given = [[70, 71, END_ID], widest, [90, 91, 92, EOS_ID], [*range(50, 50 + 18 - len(ids[3]))], [110]]
     sums = answer_logps(model, params, ids, given, batch_size=2)
     for prompt, answer, total in zip(ids, given, sums, strict=True):
         logp = next_logps(params, [*prompt, *answer])
@@ -186,7 +203,10 @@ def test_judges_agree_as_often_as_they_do_over_all_answers(found, run):
 def test_filtered_answers_are_judged_and_the_policys_own_are_measured(run, monkeypatch):
     """A player that says two tokens where it is filtered, and one of its own."""
 
+    models = []
+
     def said(model, params, prompts, key, *, sampler, **rest):
+        models.append(model)
         return [Answer([EOS_ID] if sampler == SamplerConfig() else [200, EOS_ID], True)] * len(prompts)
 
     monkeypatch.setattr(duels, "answers", said)
@@ -197,6 +217,7 @@ def test_filtered_answers_are_judged_and_the_policys_own_are_measured(run, monke
         row = found.report["players"][1]
         assert (row["answer_tokens"], row["kl"]) == (count, 1)
         assert found.report["sampling"]["sampler"]["top_k"] == sampling.sampler.top_k
+    assert [model is models[0] for model in models] == [True] * 3 + [False] * 2 and models[3] is models[4]
 
 
 def test_a_player_against_itself_ties_and_is_no_step_away(run):
@@ -217,6 +238,12 @@ def test_the_report_is_json_and_the_answers_stand_beside_their_prompts(found, ru
 def test_every_two_players_are_ranked_by_their_answers(found, run):
     ratings = duels.ranking(found, BY_LENGTH)
     assert {rating.player for rating in ratings} == set(found.texts) and {rating.games for rating in ratings} == {10}
+    expected = [
+        Game(one, two, float(outcome), block=number)
+        for one, two in itertools.combinations(found.texts, 2)
+        for number, outcome in enumerate(BY_LENGTH(found.prompts, found.texts[one], found.texts[two]).wins)
+    ]
+    assert ratings == bradley_terry(expected)
     won = {
         name: sum(
             BY_LENGTH(found.prompts, texts, other).wins.sum() for rival, other in found.texts.items() if rival != name
@@ -243,16 +270,34 @@ def test_points_are_win_rates_of_the_first_judge_against_divergence():
 # ---- what cannot be compared ----
 
 
-def test_players_of_different_tokenizers_are_refused(run, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "config.json").write_text(json.dumps(workdir.config(run)))
-    train(["some words to learn from"] * 9, vocab_size=310).save(other / "tokenizer")
-    (other / "checkpoints").symlink_to(f"{run}/checkpoints")
+@pytest.fixture
+def other(run, tmp_path):
+    """A function: a tokenizer, a context -> the run again with these."""
+
+    def other(tokenizer, context):
+        directory = tmp_path / "other"
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(workdir.config(run) | {"data": {"sequence_length": context}}))
+        tokenizer.save(directory / "tokenizer")
+        (directory / "checkpoints").symlink_to(f"{run}/checkpoints")
+        return {"other": [Player(str(directory), 2)]}
+
+    return other
+
+
+def test_players_of_different_tokenizers_are_refused(run, other):
+    group = other(train(["some words to learn from"] * 9, vocab_size=310), 40)
     with pytest.raises(
         ValueError, match="run@1 and .*other@2 have different tokenizers: only answers of one tokenizer"
     ):
-        contest(Player(run, 1), {"other": [Player(str(other), 2)]}, PROMPTS, {}, SAMPLING)
+        contest(Player(run, 1), group, PROMPTS, {}, SAMPLING)
+
+
+def test_a_prompt_has_to_leave_every_player_room(run, other, monkeypatch):
+    monkeypatch.setattr(duels, "answers", lambda model, params, ids, *rest, **how: [Answer([EOS_ID], True)] * len(ids))
+    context = len(chat.prompt(PROMPTS[2], byte_tokenizer())) + SAMPLING.max_new_tokens
+    found = contest(Player(run, 1), other(byte_tokenizer(), context), PROMPTS, {}, SAMPLING)
+    assert found.prompts == PROMPTS[:3] and found.report["too_long"] == 3
 
 
 def test_too_little_room_and_nobody_to_play_with_are_refused(run):

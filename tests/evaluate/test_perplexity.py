@@ -75,7 +75,7 @@ def test_the_likelihood_does_not_depend_on_the_devices(tiny, built, rows, dense,
 
 def test_sums_over_many_batches_keep_their_digits():
     measure = evaluator(
-        lambda _, batch: (0.0, {"nll": Ratio(jnp.sum(batch["x"]), jnp.float32(1))}), lambda x: x, lambda x: x
+        lambda _, batch: (0.0, {"nll": Ratio(jnp.sum(batch["x"]), jnp.float32(1))}), lambda _, x: x, lambda x: x
     )
     found = measure({}, ({"x": np.full((1, 1), value, np.float32)} for value in [2.0**25] + 64 * [1.0]))["nll"]
     assert (found.total, found.count) == (2.0**25 + 64, 65)

@@ -97,9 +97,11 @@ def test_what_a_run_holds_out_of_conversations_it_holds_out_of_preferences_too(c
     assert len(more) > len(found) and [each for each in more if each in found] == found
 
 
-def test_what_another_run_was_trained_on_is_not_asked(chats, pairs):
+def test_what_another_run_was_trained_on_is_not_asked(chats, pairs, tmp_path):
     some, more = config(chats), config(pairs, "preference", validation=0.6)
     assert held_out([more, some]) == held_out([some]) == held_out([some, more])
+    other = jsonl(tmp_path / "other.jsonl", [{"prompt": f"other {number}", "response": "b"} for number in range(60)])
+    assert held_out([some, config(other)]) == held_out([some]) != held_out([config(other), some])
     with pytest.raises(
         ValueError, match=r"of 0 prompts that the first run holds out .* hold out some \(data.validation\)"
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ["train", "fine_tuning", "decode", "loss", "loader", "overhead", "cache", "embedding"]
+SECTIONS = ["train", "fine_tuning", "preference", "decode", "loss", "loader", "overhead", "cache", "embedding"]
 
 
 def benchmark(*arguments):
@@ -36,6 +36,7 @@ def test_every_section_reports_numbers_that_can_be_true(tmp_path):
     assert 0 <= tuned["pad fraction"] < 0.2
     supervised, whole = (tuned[f"conversations, {kind}/s"]["median"] for kind in ("supervised tokens", "tokens"))
     assert 0 < supervised < whole
+    assert results["preference"]["DPO, live reference, times fine-tuning"]["median"] > 0
     for name in ("chunked_token_logprobs", "chunked_cross_entropy"):
         assert 0 < results["loss"][f"{name}, memory as a share of dense"] <= 0.25
     assert all(name in done.stdout for name in results)

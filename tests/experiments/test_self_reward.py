@@ -27,7 +27,7 @@ def test_flags_become_rounds_and_their_rows_a_table(script, monkeypatch, tmp_pat
         *"--temperature=0.5 --max_new_tokens=9 --batch_size=3 --seed=7".split(),
     )
     assert status == 0, said
-    assert "50.0% (40.0% to 60.0%)" in printed
+    assert "50.0% (40% to 60%)" in printed
     expected = common.get_config()
     expected.start = "runs/sft"
     assert given.values == expected.to_dict() and given.directory == f"{tmp_path}/out" and given.count == 2

@@ -195,9 +195,18 @@ def test_a_round_whose_judge_decides_nothing_ends_the_work(world, monkeypatch):
 def test_the_table_has_a_line_for_each_round():
     rows = [
         {"round": 0, "score": 1.5, "characters": 80.0, "win_rate": 0.5, "low": 0.4, "high": 0.6},
-        {"round": 1, "score": 2.25, "characters": 70.0, "win_rate": 0.75, "low": 0.7, "high": 0.8, "agreement": 0.6},
+        {
+            "round": 1,
+            "score": 2.25,
+            "characters": 70.0,
+            "win_rate": 0.75,
+            "low": 0.7,
+            "high": 0.8,
+            "position_bias": -0.7,
+        },
     ]
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(rows))
-    shown = console.export_text()
-    assert "50.0% (40.0% to 60.0%)" in shown and "75.0% (70.0% to 80.0%)" in shown and "2.25" in shown
+    *_, first, second = (line for line in console.export_text().splitlines() if line.strip())
+    assert first.split() == "0 1.50 80.00 50.0% (40% to 60%)".split()
+    assert second.split() == "1 -0.70 2.25 70.00 75.0% (70% to 80%)".split()

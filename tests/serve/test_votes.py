@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import shutil
 from collections import Counter
@@ -79,8 +80,18 @@ def test_what_is_there_is_not_sampled_again(database, run, monkeypatch):
     players = [Player(run, 1), Player(run, 2)]
     assert votes.prepare(database, players, PROMPTS, MANNER) == Counter(answers=6, too_long=2)
     assert votes.prepare(database, players, PROMPTS[:2], MANNER) == Counter(answers=4)
+    database.execute("UPDATE answers SET text = '' WHERE id = 1")  # an answer is one, even if it says nothing
+    assert votes.prepare(database, players, PROMPTS, MANNER) == Counter(answers=6, too_long=2)
     with pytest.raises(ValueError, match="use another --database"):
         votes.prepare(database, players, PROMPTS, Manner(SamplerConfig(top_k=3), max_new_tokens=8, seed=3))
+
+
+def test_another_seed_asks_for_other_answers_in_the_same_manner(database, run, monkeypatch):
+    monkeypatch.setattr(votes, "_answers", lambda player, prompts, *how: ((prompt, str(player)) for prompt in prompts))
+    manner = dataclasses.replace(MANNER, seed=4)
+    assert votes.prepare(database, [Player(run, 1), Player(run, 2)], PROMPTS, manner) == Counter(answers=8)
+    assert len(database.execute("SELECT DISTINCT step, identity FROM samples").fetchall()) == 2
+    assert len(database.execute("SELECT DISTINCT identity FROM samples").fetchall()) == 2
 
 
 def test_a_run_that_was_trained_again_is_not_taken_for_the_old_one(database, run):
@@ -106,6 +117,8 @@ def test_a_voter_may_stop_and_go_on_later(database, run, lines):
     assert votes.session(database, players, PROMPTS, MANNER, lines, **how) == Counter(second=1)
     assert "6 answers, 2 prompts too long; 3 questions for ann" in told(*shown)
     before = [told(each) for each in shown[1:]]
+    asked = ballots.questions(database, [Player(run, 1), Player(run, 2)], PROMPTS, voter="ann", seed=MANNER.seed)
+    assert [told(votes.displayed(each)) for each in asked][: len(before) - 1] == before[1:]
     shown.clear()
     assert votes.session(database, players, PROMPTS, MANNER, ["a", "a"], **how) == Counter(first=2)
     assert "2 questions for ann" in told(*shown) and [told(each) for each in shown[1:]][0] == before[1]
