@@ -51,10 +51,18 @@ class Point(NamedTuple):
 
 
 PANELS = (
-    Panel("Loss, nats per token", ("loss", "validation_loss*", "average_validation_loss"), scale="log"),
+    Panel(
+        "Loss, nats per token",
+        ("loss", "validation_loss*", "average_validation_loss", "validation_pair_loss"),
+        scale="log",
+    ),
     Panel("Bits per byte", ("*bits_per_byte*",), scale="log"),
     Panel("Divergence from the teacher, nats", ("jsd", "validation_jsd*"), scale="log"),
     Panel("Answers to held-out prompts", ("validation_rouge_l", "validation_exact_match", "validation_answers_ended")),
+    Panel("Pairs that are told apart", ("accuracy", "validation_accuracy*")),
+    Panel("Margin of the chosen answer", ("margin", "validation_margin")),
+    Panel("Log-ratio to the reference, nats", ("*chosen_log_ratio", "*rejected_log_ratio")),
+    Panel("KL to the reference on its own answers, nats", ("validation_kl",), bottom=0),
     Panel("Learning rate", ("learning_rate",), bottom=0),
     Panel("Gradient norm", ("grad_norm",), scale="log"),
     Panel("Tokens per second", ("tokens_per_second",), bottom=0),

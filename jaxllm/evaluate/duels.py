@@ -30,12 +30,13 @@ from jaxllm.evaluate import questions
 from jaxllm.evaluate.answers import STOP_IDS, Answer, answers
 from jaxllm.evaluate.judges import Judge
 from jaxllm.evaluate.ranking import Game, Rating, agreement, bradley_terry, win_rate
+from jaxllm.evaluate.rows import by_length
 from jaxllm.figures import Point
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
+from jaxllm.sharding import place
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -226,20 +227,15 @@ def divergence(
 def answer_logps(model: Model, params: Tree, prompts: Ids, found: Ids, *, batch_size: int) -> np.ndarray:
     """[n] float64: log-probability of each answer's ids after its prompt, summed, at temperature 1.
 
-    Neither the batch size nor the neighbours change a number. Rows of similar lengths share a batch.
+    Neither the batch size nor the neighbours change a number.
     """
-    rows = [[*prompt, *answer] for prompt, answer in zip(prompts, found, strict=True)]
-    order, sums = sorted(range(len(rows)), key=lambda number: len(rows[number])), np.empty(len(rows))
-    for start in range(0, len(rows), batch_size):
-        numbers = order[start : start + batch_size]
-        width = max(16, 1 << (len(rows[numbers[-1]]) - 2).bit_length())  # few widths are compiled for
-        tokens_BT, targets_BT = (np.full((batch_size, width), PAD_ID, np.int32) for _ in range(2))
-        mask_BT = np.zeros((batch_size, width), bool)
-        for row, number in enumerate(numbers):
-            pairs = len(rows[number]) - 1
-            tokens_BT[row, :pairs], targets_BT[row, :pairs] = rows[number][:-1], rows[number][1:]
-            mask_BT[row, len(prompts[number]) - 1 : pairs] = True
-        sums[numbers] = np.asarray(_summed(model, params, tokens_BT, targets_BT, mask_BT))[: len(numbers)]
+    sequences = [[*prompt, *answer] for prompt, answer in zip(prompts, found, strict=True)]
+    sums = np.empty(len(sequences))
+    for rows in by_length(sequences, batch_size):
+        starts_B = np.ones_like(rows.lengths_B)
+        starts_B[: len(rows.numbers)] = [len(prompts[number]) for number in rows.numbers]
+        found_B = np.asarray(_summed(model, params, rows.tokens_BT, starts_B, rows.lengths_B))
+        sums[rows.numbers] = found_B[: len(rows.numbers)]
     return sums
 
 
@@ -263,10 +259,12 @@ def points(report: Mapping[str, Any]) -> dict[str, list[Point]]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _summed(model, params, tokens_BT, targets_BT, mask_BT):
-    """[B]: log-probabilities of each row's masked targets."""
-    logp_BT, _, _ = model.score(params, model.hidden(params, tokens_BT), targets_BT)
-    return jnp.sum(jnp.where(mask_BT, logp_BT, 0.0), axis=1)
+def _summed(model, params, tokens_BT, starts_B, lengths_B):
+    """[B]: log-probabilities of the tokens from ``starts_B`` to ``lengths_B``, each after those before it."""
+    logp_BT, _, _ = model.score(params, model.hidden(params, tokens_BT), jnp.roll(tokens_BT, -1, axis=1))
+    next_1T = 1 + jnp.arange(tokens_BT.shape[1])[None, :]
+    mask_BT = (next_1T >= starts_B[:, None]) & (next_1T < lengths_B[:, None])
+    return place(jnp.sum(jnp.where(mask_BT, logp_BT, 0.0), axis=1), ".")  # whole on each of several processes
 
 
 def _loaded(saved: workdir.Saved, like: Model | None = None) -> Loaded:
