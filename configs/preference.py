@@ -23,5 +23,5 @@ def get_config(arg: str = ""):
         "pairs": common.source("preferences.jsonl", format="preference", packing="best_fit_truncated"),
     }
     config.data.validation = 0.1
-    config.loop.update(evaluate_first=True, sample_prompts=("What is the capital of France?",))
+    config.loop.update(evaluate_first=True, evaluate_answers=32, sample_prompts=("What is the capital of France?",))
     return config

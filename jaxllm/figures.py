@@ -52,7 +52,7 @@ class Point(NamedTuple):
 
 PANELS = (
     Panel(
-        "Loss, nats per token",
+        "Loss, nats",
         ("loss", "validation_loss*", "average_validation_loss", "validation_pair_loss"),
         scale="log",
     ),

@@ -176,7 +176,7 @@ def test_preference_tuning_starts_at_its_reference_and_leaves_it(preferred):
     first, last = (row for row in rows(preferred) if row["step"] in (0, 8) and "validation_margin" in row)
     assert first["validation_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert abs(first["validation_margin"]) < 1e-5 and abs(first["validation_kl"]) < 1e-4
-    assert last["validation_accuracy"] > 0.95 and last["validation_loss"] < 0.6 and last["validation_kl"] > 0.01
+    assert last["validation_accuracy"] > 0.95 and last["validation_loss"] < 0.65 and last["validation_kl"] > 0.01
     trained = next(row for row in rows(preferred) if "loss" in row)
     assert trained["margin"] > 0 and trained["chosen_nll"] > 0
 

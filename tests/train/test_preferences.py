@@ -21,6 +21,7 @@ DEFAULTS = dict(
 )  # fmt: skip
 # Lengths of the answers of each pair of each row, 0 for an answer that is not there.
 LENGTHS = [[(4, 2), (3, 5)], [(6, 6)], [(2, 0), (5, 3)], []]
+GRADIENTS = {"dpo": dict(loss="dpo"), "kto": dict(loss="kto", sft_weight=0.2)}  # what is differentiated, for brevity
 SCORE = {2: np.nan}  # an answer of 2 tokens has no score, one of n has the score n
 
 
@@ -161,14 +162,15 @@ def test_kto_compares_each_answer_with_the_mean_of_mismatched_ones(models):
     model, params, reference = models
     batch = batch_of(documents(), M=2)
     batch["score_BT"] = np.where(batch["segments_BT"] % 4 == 1, 1.0, 0.0).astype(np.float32)
-    given, ((loss, metrics), _) = differentiated(model, config(loss="kto"))(params, batch, reference)
+    given, ((loss, metrics), _) = differentiated(model, config(**GRADIENTS["kto"]))(params, batch, reference)
     ratios = [[logp - ref_logp for logp, ref_logp, _ in pair] for pair in alone(models)]
     kl = np.mean([each[1] for each in ratios if len(each) > 1])
     np.testing.assert_allclose(given["kl"], [kl, kl], rtol=1e-4)
     liked, z = [True, False, True, True, False], max(kl, 0.0)
     values = [1.5 * (1 - expit(0.3 * (each[0] - z))) if like else 0.5 * (1 - expit(0.3 * (z - each[0])))
               for each, like in zip(ratios, liked, strict=True)]  # fmt: skip
-    np.testing.assert_allclose(loss, np.mean(values), rtol=1e-5)
+    nlls = [-pair[0][0] / pair[0][2] if like else 0.0 for pair, like in zip(alone(models), liked, strict=True)]
+    np.testing.assert_allclose(loss, np.mean(values) + 0.2 * np.mean(nlls), rtol=1e-5)
     disliked = np.mean([ratios[1][0], ratios[4][0]])
     np.testing.assert_allclose(metrics["rejected_log_ratio"].value, disliked, rtol=1e-4)
     assert metrics["chosen_log_ratio"].count == 3
@@ -199,10 +201,10 @@ def test_swapped_answers_have_the_opposite_margin(models):
     assert abs(margins[0].value) > 0.01
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_the_reference_gets_no_gradient(models, name):
     model, params, reference = models
-    prepare, objective = referred(model, model, config(loss=name)), preference(model, config(loss=name))
+    prepare, objective = referred(model, model, config(**GRADIENTS[name])), preference(model, config(**GRADIENTS[name]))
 
     def loss(ref_params):
         return objective(params, first(prepare(params, batch_of(documents()), ref_params=ref_params)))[0]
@@ -219,10 +221,10 @@ def test_micro_batches_make_the_same_loss_whatever_it_is(models):
         assert metrics["accuracy"].value == parts[key][1][1]["accuracy"].value
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_micro_batches_make_the_same_gradient(models, name):
     model, params, reference = models
-    run = differentiated(model, config(loss=name))
+    run = differentiated(model, config(**GRADIENTS[name]))
     whole, parts = (run(params, batch_of(documents(), M), reference)[1][1] for M in (2, 4))
     largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(whole))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), whole, parts)
@@ -242,10 +244,10 @@ def test_what_is_masked_or_padding_changes_no_loss(models):
         np.testing.assert_allclose(loss, longer[key][1][0], rtol=1e-5, err_msg=str(key))
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_what_is_masked_reaches_no_gradient(models, name):
     model, params, reference = models
-    run, batch = differentiated(model, config(loss=name)), batch_of(documents(), M=2)
+    run, batch = differentiated(model, config(**GRADIENTS[name])), batch_of(documents(), M=2)
     given, (_, gradient) = run(params, batch, reference)
     other = {key: x.copy() for key, x in batch.items()}
     other["targets_BT"][~batch["mask_BT"]] = 39
@@ -258,8 +260,8 @@ def test_what_is_masked_reaches_no_gradient(models, name):
 
 def test_a_batch_without_a_pair_has_loss_and_gradient_zero(models):
     model, params, reference = models
-    for name in ("dpo", "kto"):
-        _, ((loss, metrics), gradient) = differentiated(model, config(loss=name))(
+    for name in GRADIENTS:
+        _, ((loss, metrics), gradient) = differentiated(model, config(**GRADIENTS[name]))(
             params, batch_of([[], []], M=2), reference
         )
         assert loss == 0 and metrics["accuracy"].count == 0 and not any(np.any(x) for x in jax.tree.leaves(gradient))
