@@ -18,8 +18,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito, "Color Universal Design" (2008), without yellow: told apart under every common colour blindness.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, FAINT = "#333333", "#DDDDDD"
 WIDTH, HEIGHT, DPI = 5.6, 3.2, 130  # of one panel: inches, inches, dots per inch
 NOISY = 60  # points beyond which a curve is drawn smoothed over its own pale self

@@ -41,7 +41,7 @@ def pretrain(values, directory):
 def test_every_key_of_the_common_config_reaches_its_dataclass(values):
     config, given = stages.run_config(values()), values()
     assert config.loop.sample_prompts == tuple(given["loop"]["sample_prompts"])
-    for name in ("tokenizer", "model", "optimizer", "objective", "mesh", "loop"):
+    for name in ("tokenizer", "model", "optimizer", "objective", "preference", "reward", "mesh", "loop"):
         assert {field.name for field in dataclasses.fields(getattr(config, name))} == given[name].keys()
     assert config.data.sources["main"].path == given["data"]["sources"]["main"]["path"]
 
@@ -300,3 +300,34 @@ def test_a_student_that_writes_itself_is_asked_the_training_prompts(chat_values,
 
 def flat(array):
     return array.reshape(-1, array.shape[-1])
+
+
+# ---- preferences ----
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(stage="preference"), "config.start='' begins at random: preferences tune a policy"),
+        (dict(stage="reward"), "config.stage='reward' needs model.scalar_head=True"),
+        (
+            dict(stage="reward", model__scalar_head=True),
+            r"'reward' learns from preferences, but the sources \['main'\] hold texts .*format to 'preference'",
+        ),
+    ],
+)
+def test_a_stage_of_preferences_says_what_it_lacks(values, tmp_path, changes, message):
+    config = stages.run_config(values(**changes))
+    with pytest.raises(ValueError, match=message):
+        stages.STAGES[config.stage](config, tmp_path / "run")
+
+
+def test_fine_tuning_does_not_learn_rejected_answers(values, tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([{"prompt": "a", "chosen": "b", "rejected": "c"}]))
+    changed = values(stage="sft") | {
+        "data": values()["data"]
+        | {"sources": {"pairs": common.source(str(path), format="preference", packing="best_fit_whole").to_dict()}}
+    }
+    with pytest.raises(ValueError, match=r"would learn the rejected answers of \['pairs'\] too: set .*'chosen'"):
+        stages.sft(stages.run_config(changed), tmp_path / "run")
