@@ -44,10 +44,11 @@ def test_a_scalar_head_starts_at_zero_and_is_a_float32_sum(tiny, built):
     assert not np.any(heads.scalars({"scalar_head": new}, HIDDEN_BTD))
     own = built(config)[1]["scalar_head"]
     assert own["kernel"].shape == (16,) and own["bias"].shape == ()
-    found = heads.scalars(built(config)[1], jnp.bfloat16(HIDDEN_BTD))
-    expected = np.float64(jnp.bfloat16(HIDDEN_BTD)) @ np.float64(own["kernel"]) + own["bias"]
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for hidden_BTD in (HIDDEN_BTD, jnp.bfloat16(HIDDEN_BTD)):
+        found = heads.scalars(built(config)[1], hidden_BTD)
+        expected = np.float64(hidden_BTD) @ np.float64(own["kernel"]) + own["bias"]
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_only_a_model_with_a_scalar_head_takes_parameters_with_one(tiny, built):
