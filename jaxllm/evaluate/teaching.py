@@ -28,7 +28,7 @@ from jaxllm.train.preferences import ask_reference
 from jaxllm.tree import Tree
 
 _FORMAT = 1  # raise it when the same teacher and the same rows would give other files
-INPUTS = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
+INPUTS = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "mask_BT")
 
 
 class Question(NamedTuple):

@@ -26,6 +26,7 @@ def chunked_token_logprobs(
     temperature: float = 1.0,
     soft_cap: float = 0.0,
     operand_dtype: jnp.dtype | None = None,
+    mask_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(logp_BT, logz_BT, entropy_BT) of softmax(cap(hidden @ head) / temperature) in float32, ``chunk`` positions at a
     time.
@@ -33,14 +34,30 @@ def chunked_token_logprobs(
     ``logp`` is the log-probability of ``tokens_BT``, ``logz`` the log-partition, ``entropy`` that of the distribution
     in nats. ``soft_cap`` c > 0 caps logits as c tanh(logits / c) (Gemma 2, arXiv:2408.00118, section 2). Operands of
     the head's product are cast to ``operand_dtype`` (that of ``hidden_BTD``, unless told). The backward pass makes each
-    chunk's logits again.
+    chunk's logits again. What lies outside of ``mask_BT``, where one is given, has zeros, and hardly costs anything:
+    the head sees the positions under the mask first, and no chunk without any.
     """
-    B, T, D = hidden_BTD.shape
+    T = hidden_BTD.shape[1]
     score = partial(_chunk_scores, temperature=temperature, soft_cap=soft_cap, operand_dtype=operand_dtype)
     score = jax.checkpoint(score, policy=jax.checkpoint_policies.nothing_saveable)
-    chunks = chunks_of(chunk, hidden_BTD, tokens_BT)
-    scores = jax.lax.map(lambda part: score(part[0], head_DV, part[1]), chunks)
-    return tuple(joined(x, T) for x in scores)
+    if mask_BT is None:
+        chunks = chunks_of(chunk, hidden_BTD, tokens_BT)
+        return tuple(joined(x, T) for x in jax.lax.map(lambda part: score(part[0], head_DV, part[1]), chunks))
+
+    def score_masked(part):
+        part_hidden_BTD, part_tokens_BT, part_mask_BT = part
+        nothing = (jnp.zeros_like(part_tokens_BT, jnp.float32),) * 3
+        found = jax.lax.cond(
+            jnp.any(part_mask_BT), lambda: score(part_hidden_BTD, head_DV, part_tokens_BT), lambda: nothing
+        )
+        return tuple(jnp.where(part_mask_BT, x, 0.0) for x in found)
+
+    order_BT = jnp.argsort(~mask_BT, axis=1, stable=True)
+    first_BTD = jnp.take_along_axis(hidden_BTD, order_BT[..., None], axis=1)
+    first = (jnp.take_along_axis(x_BT, order_BT, axis=1) for x_BT in (tokens_BT, mask_BT))
+    scores = jax.lax.map(score_masked, chunks_of(chunk, first_BTD, *first))
+    back_BT = jnp.argsort(order_BT, axis=1)
+    return tuple(jnp.take_along_axis(joined(x, T), back_BT, axis=1) for x in scores)
 
 
 def chunked_cross_entropy(

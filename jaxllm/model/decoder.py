@@ -33,7 +33,7 @@ class Model(NamedTuple):
     hidden: (
         Callable  # (params, tokens_BT, *, positions_BT, segments_BT, dropout_key, embedding_noise_BTD) -> hidden_BTD
     )
-    score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature) -> (logp_BT, logz_BT, entropy_BT)
+    score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature, mask_BT) -> (logp_BT, logz_BT, entropy_BT)
     cross_entropy: Callable  # (params, hidden_BTD, tokens_BT, weight_BT, *, z_coef) -> (loss, logp_BT)
     scalars: Callable  # (params, hidden_BTD) -> scalar_BT, of a model with a scalar head
     cache: Callable  # (batch_size, length) -> cache

@@ -22,7 +22,13 @@ def logits(config: DecoderConfig, params: Tree, hidden_BTD: jax.Array) -> jax.Ar
 
 
 def score(
-    config: DecoderConfig, params: Tree, hidden_BTD: jax.Array, tokens_BT: jax.Array, *, temperature: float = 1.0
+    config: DecoderConfig,
+    params: Tree,
+    hidden_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    *,
+    temperature: float = 1.0,
+    mask_BT: jax.Array | None = None,
 ):
     """(logp_BT, logz_BT, entropy_BT) of ``tokens_BT`` under this model's head: ``chunked_token_logprobs`` as the config
     says.
@@ -35,6 +41,7 @@ def score(
         temperature=temperature,
         soft_cap=config.logit_soft_cap,
         operand_dtype=config.operand_dtype,
+        mask_BT=mask_BT,
     )
 
 

@@ -309,7 +309,8 @@ def _at_end(batch: Batch, x_BT: jax.Array) -> jax.Array:
 
 
 def _logp(model: Model, params: Tree, batch: Batch) -> jax.Array:
-    return model.score(params, hidden_states(model, params, batch), batch["targets_BT"])[0]
+    hidden_BTD = hidden_states(model, params, batch)
+    return model.score(params, hidden_BTD, batch["targets_BT"], mask_BT=batch["mask_BT"])[0]
 
 
 def _weighted(weight: jax.Array, x: jax.Array) -> jax.Array:

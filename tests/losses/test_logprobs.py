@@ -101,6 +101,35 @@ def test_each_output_has_a_gradient_of_its_own(output):
     np.testing.assert_allclose(hidden_grad, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [2, 3, 100])
+def test_what_lies_outside_of_a_mask_is_not_scored_and_gets_no_gradient(chunk):
+    """Of one row the head sees five positions, of the other one: no chunk but the first ones has any."""
+    mask_BT = np.array([[0, 1, 1, 0, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0]], bool)
+    arrays = jnp.float32(HIDDEN_BTD), jnp.float32(HEAD_DV)
+    score = functools.partial(chunked_token_logprobs, tokens_BT=jnp.asarray(TOKENS_BT), chunk=chunk, mask_BT=mask_BT)
+    outputs, pull = jax.vjp(jax.jit(lambda hidden_BTD, head_DV: score(hidden_BTD, head_DV)), *arrays)
+    for found, expected in zip(outputs, oracle(HIDDEN_BTD, HEAD_DV, TOKENS_BT), strict=True):
+        np.testing.assert_allclose(found, np.where(mask_BT, expected, 0.0), atol=1e-5)
+    hidden_grad, head_grad = pull(tuple(jnp.float32(x) for x in COTANGENTS))
+    masked = tuple(np.where(mask_BT, x, 0.0) for x in COTANGENTS)
+    expected = oracle_gradient(HIDDEN_BTD, lambda x: weighed(oracle(x, HEAD_DV, TOKENS_BT), masked))
+    np.testing.assert_allclose(hidden_grad, expected, atol=1e-5)
+    expected = oracle_gradient(HEAD_DV, lambda x: weighed(oracle(HIDDEN_BTD, x, TOKENS_BT), masked))
+    np.testing.assert_allclose(head_grad, expected, atol=2e-5)
+
+
+def test_no_chunk_without_a_position_under_the_mask_meets_the_head():
+    """What is there may then be anything: even infinities reach nothing."""
+    hidden_BTD = jnp.full((1, 6, D), jnp.inf).at[:, 4:].set(1.0)
+    mask_BT, tokens_BT = jnp.arange(6)[None, :] >= 4, jnp.zeros((1, 6), int)
+    logp, *_ = chunked_token_logprobs(hidden_BTD, jnp.ones((D, V)), tokens_BT, chunk=2, mask_BT=mask_BT)
+    np.testing.assert_allclose(logp, [[0, 0, 0, 0, -np.log(V), -np.log(V)]], rtol=1e-6)
+    gradient = jax.grad(
+        lambda head_DV: jnp.sum(chunked_token_logprobs(hidden_BTD, head_DV, tokens_BT, chunk=2, mask_BT=mask_BT)[0])
+    )(jnp.ones((D, V)))
+    assert np.all(np.isfinite(gradient))
+
+
 def test_chunked_equals_dense_whatever_the_logits_size():
     logits_BTV = 30 * HIDDEN_BTD @ HEAD_DV
     logp, _, entropy = ours(30 * HIDDEN_BTD, HEAD_DV, chunk=3)[0]
