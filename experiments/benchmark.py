@@ -133,7 +133,7 @@ def preference(bench: Bench, *, pairs: int = 8, prompt: int = 64, answer: int = 
     draw, place = np.random.default_rng(0), np.broadcast_to(np.arange(length) % (prompt + answer), (pairs, length))
     names = ("tokens_BT", "targets_BT")
     batch = {name: draw.integers(1, bench.stage.model.config.vocab_size, (pairs, length), np.int32) for name in names}
-    batch |= {"positions_BT": place.astype(np.int32), "mask_BT": place >= prompt - 1}
+    batch |= {"positions_BT": place.astype(np.int32), "mask_BT": (place >= prompt - 1) & (place < length // 2 - 1)}
     batch["segments_BT"] = 1 + (np.arange(length, dtype=np.int32) >= length // 2) + 0 * batch["positions_BT"]
     batch |= {name: np.zeros((pairs, length), np.float32) for name in ("score_BT", "margin_BT")}
     batch = {name: x.reshape(bench.config.loop.micro_batches // 2, -1, length) for name, x in batch.items()}
