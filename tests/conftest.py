@@ -47,7 +47,7 @@ def pytest_configure(config):
 
 # ---- names are types ----
 
-SUFFIX = re.compile(r".*_([A-Z1]+)$")
+SUFFIX = re.compile(r".+_([A-Z1]+)$")
 # These take any leading axes before the ones that they name, as their documentation says.
 ANY_LEADING_AXES = {"token_weights", "sequence_weights", "constant_weights"}
 
