@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from jaxllm import workdir
@@ -187,7 +187,8 @@ def ranking(found: Contest, judge: Judge) -> list[Rating]:
 
 def ladder(ratings: Sequence[Rating]) -> Table:
     """Ratings as the terminal has them."""
-    shown = Table("player", "Elo", "95 %", "wins", "95 %", "games")
+    numbers = (Column(name, no_wrap=True) for name in ("Elo", "95 %", "wins", "95 %", "games"))
+    shown = Table(Column("player", overflow="fold"), *numbers)  # of a long name lines are made, not of numbers
     for rating in ratings:
         elo, wins = rating.elo, rating.win_rate
         of_elo, of_wins = f"{elo.low:+.0f} to {elo.high:+.0f}", f"{wins.low:.0%} to {wins.high:.0%}"

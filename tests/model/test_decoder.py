@@ -350,7 +350,7 @@ def test_a_published_model_has_its_published_number_of_parameters_and_one_rule_f
 
 def test_every_rule_is_some_parameters_and_every_parameter_has_one(tiny):
     used = set()
-    everything = dict(qkv_bias=True, output_bias=True, mlp_bias=True, post_norm=True, tied_head=False)
+    everything = dict(qkv_bias=True, output_bias=True, mlp_bias=True, post_norm=True, tied_head=False, scalar_head=True)
     for qk_norm in ("none", "head", "all"):
         config = tiny(qk_norm=qk_norm, **everything)
         rules = parameter_rules(config)
@@ -428,7 +428,8 @@ CHANGES = dict(
     vocab_size=42, num_layers=3, width=18, mlp_width=26, num_heads=2, num_kv_heads=1, head_width=8, activation="gelu",
     norm_eps=1e-4, norm_offset=1.0, pre_norm=False, post_norm=False, qk_norm="all", qkv_bias=False, output_bias=True,
     mlp_bias=True,
-    tied_head=False, embedding_scale=2.0, attention_scale=0.5, attention_soft_cap=3.0, logit_soft_cap=3.0,
+    tied_head=False, scalar_head=True, embedding_scale=2.0, attention_scale=0.5, attention_soft_cap=3.0,
+    logit_soft_cap=3.0,
     layer_pattern=("global", "local"), sliding_window=3, dropout=0.2, activation_dtype="bfloat16",
     operand_dtype="bfloat16",
     attention="dot_product", remat="full", unroll=2, loss_chunk=3,
