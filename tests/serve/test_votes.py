@@ -60,7 +60,7 @@ def database(prepared, tmp_path):
 
 def told(*renderables):
     shown = io.StringIO()
-    Console(file=shown, width=100).print(*renderables)
+    Console(file=shown, width=240).print(*renderables)
     return shown.getvalue()
 
 
