@@ -19,7 +19,7 @@ from jaxllm.data import world  # noqa: E402  the checkout must be importable fir
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, help="folder to write; files of the same names are replaced")
+    parser.add_argument("--out", required=True, help="folder to write; no other file in it is replaced")
     parser.add_argument("--seed", type=int, default=0, help="decides the people, their facts, and all that is said")
     parser.add_argument("--people", type=int, default=60, help="in the world, from 21 to 400")
     parser.add_argument("--heldout", type=int, default=12, help="of them, asked about in the files heldout_* alone")
@@ -44,9 +44,11 @@ def main():
     }
     Path(args.out).mkdir(parents=True, exist_ok=True)
     for name, records in files.items():
-        lines = [json.dumps(record) for record in records]
-        (Path(args.out) / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        print(f"{args.out}/{name}.jsonl: {len(lines)}")
+        path, lines = Path(args.out) / f"{name}.jsonl", [json.dumps(record) + "\n" for record in records]
+        if path.exists() and path.read_text(encoding="utf-8") != "".join(lines):
+            raise ValueError(f"{path} exists and says something else: give --out another folder")
+        path.write_text("".join(lines), encoding="utf-8")
+        print(f"{path}: {len(lines)}")
 
 
 if __name__ == "__main__":

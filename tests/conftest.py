@@ -25,10 +25,11 @@ import pytest  # noqa: E402
 sys.path.insert(0, str(ROOT))
 
 from configs import common  # noqa: E402
-from jaxllm import sharding, tree  # noqa: E402
+from jaxllm import checkpoint, sharding, tree, workdir  # noqa: E402
 from jaxllm.configure import section  # noqa: E402
 from jaxllm.losses import token_weights  # noqa: E402
 from jaxllm.model import DecoderConfig, build  # noqa: E402
+from jaxllm.text.tokenizer import byte_tokenizer  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -160,6 +161,29 @@ def built():
 def packed_batch():
     """A function: M, B, T -> packed documents of ragged lengths as [M, B / M, T] arrays, the last row masked."""
     return _packed_batch
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A function: sequence length -> a byte-level run directory, made once, never trained, with checkpoints 1 and 2 of
+    different parameters.
+    """
+
+    @functools.cache
+    def made(sequence_length: int) -> Path:
+        sizes = dict(num_layers=1, width=16, mlp_width=16, num_heads=2, num_kv_heads=1, head_width=8)
+        config = common.llama(operand_dtype="float32", **sizes)
+        values = {"model": config.to_dict(), "data": {"sequence_length": sequence_length}}
+        directory = workdir.open(tmp_path_factory.mktemp("untrained") / "run", values)
+        byte_tokenizer().save(directory / "tokenizer")
+        model = build(section(DecoderConfig, config).with_vocabulary(288))
+        with checkpoint.open(directory / "checkpoints") as checkpoints:
+            for step in (1, 2):
+                params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(step)))
+                checkpoints.save(step, {"params": params}, position=None, meta={})
+        return directory
+
+    return made
 
 
 @pytest.fixture(params=[(1, 4, 2), (2, 2, 2)], ids=lambda shape: "x".join(map(str, shape)))

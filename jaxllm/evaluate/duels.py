@@ -201,6 +201,7 @@ def table(report: Mapping[str, Any]) -> Table:
     reference, *others = report["players"]
     specs = list(others[0]["judges"]) if others else []
     shown = Table("label", "player", *(f"wins by {spec}" for spec in specs), "KL", "per token", "tokens", "ended")
+    shown.caption = "\n".join(map(_agreed, report.get("agreements", ()))) or None
     for row in report["players"]:
         rates = (row["judges"][spec] if "judges" in row else None for spec in specs)
         wins = ("{win_rate:.1%} ({low:.1%} to {high:.1%})".format(**rate) if rate else "" for rate in rates)
@@ -210,6 +211,12 @@ def table(report: Mapping[str, Any]) -> Table:
         lengths = f"{row['answer_tokens']:.1f}", f"{row['answers_ended']:.0%}"
         shown.add_row(Text(row["label"]), Text(row["player"]), *wins, far, per_token, *lengths)
     return shown
+
+
+def _agreed(found: Mapping[str, Any]) -> str:
+    one, other = found["judges"]
+    kappa = "undefined" if found["kappa"] is None else f"{found['kappa']:.2f}"
+    return f"{one} and {other} say the same of {found['share']['value']:.0%} of all answers, Cohen's kappa {kappa}"
 
 
 def divergence(

@@ -16,6 +16,7 @@ import numpy as np
 from jaxllm import workdir
 from jaxllm.configure import nearest
 from jaxllm.evaluate import rewarding
+from jaxllm.evaluate.ranking import won
 from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
 from jaxllm.rewards.style import RULES
@@ -60,7 +61,7 @@ def by_score(score: Score) -> Judge:
             raise ValueError(f"a score is {found[~np.isfinite(found)][0]}: mend what scores, or leave the answer out")
         known = dict(zip(distinct, found.tolist(), strict=True))
         scores = np.array([known[places[each]] for each in shown]).reshape(2, -1).T
-        wins = (1 + np.sign(scores[:, 0] - scores[:, 1])) / 2
+        wins = won(scores[:, 0] - scores[:, 1])
         return Judgement(wins, scores, _report(wins, firsts, seconds))
 
     return judge

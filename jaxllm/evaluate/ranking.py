@@ -83,6 +83,11 @@ def win_rate(outcomes: Sequence[float], *, confidence: float = 0.95) -> Interval
     return wilson(float(np.sum(_outcomes(outcomes))), len(outcomes), confidence=confidence)
 
 
+def won(margins: np.ndarray) -> np.ndarray:
+    """1 where the margin is positive, 0 where it is negative, 0.5 where it is 0."""
+    return (1 + np.sign(margins)) / 2
+
+
 def bradley_terry(
     games: Sequence[Game],
     *,
@@ -144,7 +149,7 @@ def calibration(margins: Sequence[float], *, bins: int = 10, confidence: float =
     margins = np.asarray(margins, np.float64)
     if bins < 1 or not len(margins) or not np.isfinite(margins).all():
         raise ValueError(f"{len(margins)} margins in bins={bins}: give finite margins, and one bin or more")
-    sure, right = _sigmoid(np.abs(margins)), (np.sign(margins) + 1) / 2
+    sure, right = _sigmoid(np.abs(margins)), won(margins)
     order = np.argsort(sure, kind="stable")
     parts = [part for part in np.array_split(order, bins) if len(part)]
     return [

@@ -15,7 +15,7 @@ from jaxllm.configure import section
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.examples import TRAIN, VALIDATION, labelled, resolved
 from jaxllm.data.units import Unit
-from jaxllm.evaluate.ranking import Bin, calibration, calibration_error, win_rate
+from jaxllm.evaluate.ranking import Bin, calibration, calibration_error, win_rate, won
 from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
 from jaxllm.text import chat
@@ -67,8 +67,10 @@ def accuracy(
 
     The report has the accuracy with its 95 % interval, also over the pairs whose chosen answer is the longer or the
     shorter one, beside two judges that read nothing: the longer answer wins, or a coin decides.
-    ``calibration_error`` is the mean distance of what the model is sure of from how often it is right. Raises as
-    ``load`` and the sources do, and ``ValueError`` where there is no pair.
+    A pair's margin is in nats of log-odds, the same scale in every member: their mean decides, whatever the scales of
+    their rewards. ``calibration_error`` is the mean distance of what it is sure of from how often it is right,
+    ``spread`` the mean deviation of the members' margins. Raises as ``load`` and the sources do, and ``ValueError``
+    where there is no pair.
     """
     pairs = _pairs(workdir.config(directories[0]), path)
     each = []
@@ -82,9 +84,9 @@ def accuracy(
     margins, spread = np.mean(each, axis=0), np.std(each, axis=0)
     longer = np.array([_characters(pair.first) - _characters(pair.second) for pair in pairs])
     bins = calibration(margins)
-    parts = {"accuracy": margins == margins, "chosen_longer": longer > 0, "chosen_shorter": longer < 0}
-    report = {name: win_rate(wins(margins[kept]))._asdict() for name, kept in parts.items() if kept.any()}
-    baselines = {"longer_wins": win_rate(wins(longer))._asdict(), "random": 0.5}
+    parts = {"accuracy": np.ones(len(pairs), bool), "chosen_longer": longer > 0, "chosen_shorter": longer < 0}
+    report = {name: win_rate(won(margins[kept]))._asdict() for name, kept in parts.items() if kept.any()}
+    baselines = {"longer_wins": win_rate(won(longer))._asdict(), "random": 0.5}
     sure = {"calibration_error": calibration_error(bins), "spread": float(spread.mean())}
     return {"pairs": len(pairs), **report, **baselines, **sure}, bins
 
@@ -111,11 +113,6 @@ def scale(directory: str | os.PathLike, *, step: int | None = None) -> Scale:
         )
     mean, square = measured["validation_reward"], measured["validation_reward_square"]
     return Scale(mean, math.sqrt(max(square - mean**2, 0.0)) or 1.0)
-
-
-def wins(margins: np.ndarray) -> np.ndarray:
-    """1 where the margin is positive, 1/2 where it is 0."""
-    return 0.5 * (np.sign(margins) + 1)
 
 
 def _pairs(config: Mapping[str, Any], path: str) -> list[Unit]:

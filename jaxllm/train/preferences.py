@@ -247,7 +247,8 @@ def referred(model: Model, reference: Model, config: PreferenceConfig) -> Callab
 
     That is ``ref_logp_BT``, the targets' log-probabilities under the reference, unless the batch holds them already;
     and for KTO ``kl``, the mean log-ratio of the mismatched answers in all micro-batches (Ethayarajh et al. 2024,
-    arXiv:2402.01306, section 4.1). No gradient reaches either.
+    arXiv:2402.01306, section 4.1): in a validation of each of its batches, whose size KTO's loss there depends on. No
+    gradient reaches either.
     """
     say = ask_reference(reference)
 

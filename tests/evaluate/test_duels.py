@@ -7,16 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
-from jaxllm import checkpoint, workdir
-from jaxllm.configure import section
+from jaxllm import workdir
 from jaxllm.evaluate import duels, judges
 from jaxllm.evaluate.answers import Answer
-from jaxllm.evaluate.duels import Contest, Loaded, Player, Sampling, answer_logps, contest, divergence
+from jaxllm.evaluate.duels import Contest, Loaded, Player, Sampling, answer_logps, contest, divergence, table
 from jaxllm.evaluate.ranking import Game, agreement, bradley_terry, win_rate
 from jaxllm.figures import Point
 from jaxllm.generate import SamplerConfig
-from jaxllm.model import DecoderConfig, build
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
 from jaxllm.text.special_tokens import END_ID, EOS_ID
@@ -31,20 +28,8 @@ BY_LETTER = judges.by_score(lambda prompts, texts: np.array([ord(text[0]) if tex
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with checkpoints 1 and 2, of different parameters, and a context of 40."""
-    sizes = dict(num_layers=1, width=16, mlp_width=16, num_heads=2, num_kv_heads=1, head_width=8)
-    config = common.llama(operand_dtype="float32", **sizes)
-    directory = workdir.open(
-        tmp_path_factory.mktemp("duels") / "run", {"model": config.to_dict(), "data": {"sequence_length": 40}}
-    )
-    byte_tokenizer().save(directory / "tokenizer")
-    model = build(section(DecoderConfig, config).with_vocabulary(288))
-    with checkpoint.open(directory / "checkpoints") as checkpoints:
-        for step in (1, 2):
-            params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(step)))
-            checkpoints.save(step, {"params": params}, position=None, meta={})
-    return str(directory)
+def run(untrained):
+    return str(untrained(40))
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +183,8 @@ def test_judges_agree_as_often_as_they_do_over_all_answers(found, run):
     expected = agreement(*verdicts)
     assert said["judges"] == ["length", "letter"] and said["count"] == 10
     assert said["share"] == expected.share._asdict() and said["kappa"] == pytest.approx(expected.kappa)
+    told = f"length and letter say the same of {expected.share.value:.0%} of all answers, Cohen's kappa"
+    assert table(found.report).caption == f"{told} {expected.kappa:.2f}"
 
 
 def test_filtered_answers_are_judged_and_the_policys_own_are_measured(run, monkeypatch):

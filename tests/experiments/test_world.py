@@ -37,3 +37,13 @@ def test_the_help_names_every_flag_and_an_impossible_world_is_one_message(script
     assert status == 0 and all(f"--{name}" in printed for name in flags)
     status, *_ = script("world.py", f"--out={tmp_path}/none", "--people=7")
     assert status.startswith("ValueError: people=7") and not (tmp_path / "none").exists()
+
+
+def test_no_file_that_says_something_else_is_replaced(script, tmp_path):
+    own = tmp_path / "documents.jsonl"
+    own.write_text("mine\n")
+    status, *_ = script("world.py", f"--out={tmp_path}", *SMALL)
+    assert status == f"ValueError: {own} exists and says something else: give --out another folder"
+    assert own.read_text() == "mine\n"
+    own.unlink()
+    assert [script("world.py", f"--out={tmp_path}", *SMALL)[0] for _ in range(2)] == [0, 0]

@@ -8,38 +8,22 @@ import jax
 import pytest
 from rich.console import Console
 
-from configs import common
-from jaxllm import checkpoint, workdir
-from jaxllm.configure import section
+from jaxllm import workdir
 from jaxllm.evaluate.answers import STOP_IDS, answers
 from jaxllm.evaluate.duels import Player
 from jaxllm.generate import SamplerConfig
-from jaxllm.model import DecoderConfig, build
 from jaxllm.serve import ballots, votes
 from jaxllm.serve.chat import Manner
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.tokenizer import byte_tokenizer
 
 PROMPTS = [Conversation(({"role": "user", "content": word},)) for word in ("a", "be", "see", "long" * 20)]
 MANNER = Manner(SamplerConfig(), max_new_tokens=8, seed=3)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run with checkpoints 1 and 2, of different parameters."""
-    sizes = dict(num_layers=1, width=16, mlp_width=16, num_heads=2, num_kv_heads=1, head_width=8)
-    config = common.llama(operand_dtype="float32", **sizes)
-    directory = workdir.open(
-        tmp_path_factory.mktemp("votes") / "run", {"model": config.to_dict(), "data": {"sequence_length": 32}}
-    )
-    byte_tokenizer().save(directory / "tokenizer")
-    model = build(section(DecoderConfig, config).with_vocabulary(288))
-    with checkpoint.open(directory / "checkpoints") as checkpoints:
-        for step in (1, 2):
-            params = jax.tree.map(lambda x: 3 * x, jax.jit(model.init)(jax.random.key(step)))
-            checkpoints.save(step, {"params": params}, position=None, meta={})
-    return str(directory)
+def run(untrained):
+    return str(untrained(32))
 
 
 @pytest.fixture(scope="module")
