@@ -82,6 +82,44 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward.centering = 0.0  # draws the sum of a pair's rewards to 0; 0.01 is common
     config.reward.margin = 0.0  # times the pair's margin, by which its chosen answer should win; Llama 2 has 1
 
+    config.policy = ml_collections.ConfigDict()  # reinforcement learning: configs/rl.py has the algorithms by name
+    config.policy.advantage = "group"  # GRPO | "group_mean" | "leave_one_out" | "batch" | "gae" (a critic) | "token"
+    config.policy.ratio = "token"  # of new to old probability: of each token | "sequence": of a completion's mean
+    config.policy.surrogate = "clip"  # the ratio, as PPO does | "cispo": its weight alone | "reinforce": no ratio
+    config.policy.weights = "token"  # all tokens alike | "sequence": all completions | "constant": a full one's tokens
+    config.policy.clip_low = 0.2  # the ratio stays above 1 - clip_low
+    config.policy.clip_high = 0.2  # and below 1 + clip_high
+    config.policy.importance_cap = 2.0  # of trainer's over sampler's probability of a token; 0 corrects nothing
+    config.policy.kl = "k3"  # estimator of the KL to the reference: "k1" | "k2" | "k3"
+    config.policy.kl_loss = 0.0  # coefficient of the KL in the loss
+    config.policy.kl_reward = 0.0  # coefficient of the KL in the rewards
+    config.policy.kl_target = 0.0  # nats of a completion that kl_reward is adapted to; 0 keeps it as it is
+    config.policy.kl_horizon = 10_000  # completions that kl_reward adapts over
+    config.policy.entropy = 0.0  # coefficient of the policy's entropy, which is raised
+    config.policy.whiten = False  # advantages to mean 0 and variance 1 over all tokens of a rollout
+    config.policy.gamma = 1.0  # what a token later is worth now, of "gae"
+    config.policy.lam = 0.95  # of "gae": 1 trusts the rewards alone, 0 the critic
+    config.policy.value_weight = 0.5  # of the critic's loss, which is a squared error's half
+    config.policy.value_clip = 0.2  # how far a value moves from its old one before its loss stops; 0 does not clip
+    config.policy.epochs = 1  # how often a rollout is learned from
+    config.policy.minibatches = 1  # updates of each epoch: a rollout has minibatches x loop.batch_size completions
+
+    config.rollout = ml_collections.ConfigDict()
+    config.rollout.sources = ml_collections.ConfigDict()  # name -> problem()
+    config.rollout.rewards = ml_collections.ConfigDict()  # name -> reward(); their weighted sum is learned
+    config.rollout.completions = 8  # of each prompt
+    config.rollout.max_prompt_tokens = 64  # longer prompts are not asked
+    config.rollout.max_new_tokens = 64  # of a completion, in all its turns
+    config.rollout.temperature = 1.0  # divides the logits, of sampler and trainer
+    config.rollout.validation_temperature = 0.0  # at which held-out problems are answered; 0 is greedy
+    config.rollout.slots = 0  # completions sampled side by side; one that ends makes room for another; 0 is all
+    config.rollout.refill_rounds = 0  # how often groups of equal rewards are replaced by other problems'; DAPO
+    config.rollout.tools = ()  # "calculator"
+    config.rollout.turns = 1  # of the model in a completion; a tool's answers lie between
+    config.rollout.workers = 0  # processes that count rewards; 0 counts them in this one
+    config.rollout.time_limit = 5.0  # seconds for the rewards of a completion, where there are workers
+    config.rollout.shown = 2  # problems of a rollout whose completions a sample shows
+
     config.mesh = ml_collections.ConfigDict()
     config.mesh.replica = 1  # whole copies of the parameters
     config.mesh.fsdp = -1  # shards of parameters and batch; -1 takes the devices that are left
@@ -101,8 +139,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.loop.sample_tokens = 48  # new tokens per sample and answer, at most
     config.loop.save_every = 100  # steps between checkpoints; the last step always saves
     config.loop.keep_last = 2  # checkpoints
-    config.loop.keep_best = 1  # further checkpoints with the lowest best_metric
+    config.loop.keep_best = 1  # further checkpoints with the best best_metric
     config.loop.best_metric = "validation_loss"  # of a validation; "validation_loss/NAME" is a single source's
+    config.loop.best_mode = "min"  # the lowest is best | "max": the highest
     config.loop.tensorboard = False  # write TensorBoard events too
     return config
 
@@ -149,6 +188,36 @@ def source(
     return source
 
 
+def problem(
+    kind: str, *, weight: float = 1.0, level: int = 1, path: str = "", name: str = "", system: str = ""
+) -> ml_collections.ConfigDict:
+    """One source of problems that reinforcement learning asks, with its share of them."""
+    source = ml_collections.ConfigDict()
+    source.kind = kind  # a task: "addition", "counting", "countdown", ... | "file" | "reasoning_gym", the package
+    source.weight = weight  # its share, relative to the other sources'
+    source.level = level  # how hard a task is, from 1
+    source.path = path  # of a "file": records of a prompt and, for what is checked, an answer
+    source.name = name  # of "reasoning_gym": which of its data sets
+    source.answer = ""  # field of a file that holds the answer; "" takes "answer" or "solution"
+    source.checker = ""  # of a file's answers: "numeric", "exact", "math"; "" lets the answer tell
+    source.on_error = "raise"  # at a bad record of a file | "skip": leave it out and count it
+    source.system = system  # what the system says before each prompt; "think" asks for the format of answers
+    return source
+
+
+def reward(
+    kind: str, *, weight: float = 1.0, path: str = "", limit: int = 0, buffer: int = 0
+) -> ml_collections.ConfigDict:
+    """One part of what a completion is worth."""
+    reward = ml_collections.ConfigDict()
+    reward.kind = kind  # a rule: "accuracy", "format", "overlong", "style", ... | "model", "judge": a run's opinion
+    reward.weight = weight  # 0: it is only watched
+    reward.path = path  # run directory of a "model", several with commas between; of a "judge" its name
+    reward.limit = limit  # tokens, of "length" and "overlong"; 0 is rollout.max_new_tokens
+    reward.buffer = buffer  # tokens before the limit over which "overlong" falls
+    return reward
+
+
 def llama(**sizes) -> ml_collections.ConfigDict:
     """A Llama-style decoder with these sizes: the plain case of every architecture key."""
     model = ml_collections.ConfigDict()
@@ -170,6 +239,7 @@ def llama(**sizes) -> ml_collections.ConfigDict:
     model.mlp_bias = False
     model.tied_head = True  # the embedding's transpose is the head
     model.scalar_head = False  # a number per position beside the logits: a reward, a value
+    model.critic = False  # that head stands on a second decoder, which starts as a copy of the first
     model.embedding_scale = 1.0  # Gemma: sqrt(width)
     model.attention_scale = 0.0  # 0 is 1 / sqrt(head_width)
     model.attention_soft_cap = 0.0  # Gemma 2: 50; 0 caps nothing

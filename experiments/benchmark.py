@@ -11,10 +11,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,16 +24,35 @@ import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from experiments import reference  # noqa: E402
+from experiments.measuring import (  # noqa: E402
+    Bench,
+    compiled,
+    loop_step,
+    repeating,
+    seconds,
+    spread,
+    staged,
+    table,
+    turns,
+)
 from jaxllm import hardware, loop, sharding, tree, workdir  # noqa: E402
+from jaxllm.configure import section  # noqa: E402
+from jaxllm.data.problems import Problem, ProblemSource  # noqa: E402
 from jaxllm.generate import generate  # noqa: E402
 from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_entropy, token_logprobs  # noqa: E402
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
-from jaxllm.stages import STAGES, RunConfig, Stage, run_config  # noqa: E402
+from jaxllm.rewards.scoring import Term  # noqa: E402
+from jaxllm.rl.config import RolloutConfig  # noqa: E402
+from jaxllm.rl.experience import experience  # noqa: E402
+from jaxllm.rl.layout import Shape, filled  # noqa: E402
+from jaxllm.run_config import run_config  # noqa: E402
+from jaxllm.stages import STAGES  # noqa: E402
+from jaxllm.text import chat  # noqa: E402
 from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS  # noqa: E402
 from jaxllm.train import preferences  # noqa: E402
+from jaxllm.train.policy import PolicyConfig, policy  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
 ONLY = flags.DEFINE_list("only", [], "sections to run, of those that the table of all of them has; all unless told")
@@ -42,21 +60,6 @@ SECONDS = flags.DEFINE_float(
     "seconds", 60.0, "time for the rounds of each section, after its compilation", lower_bound=0.0
 )
 JSON = flags.DEFINE_string("json", None, "file for the results")
-
-FEWEST_ROUNDS = 3
-
-
-class Bench(NamedTuple):
-    """What every section needs: the run as its config says, this machine's limits, and the time to take."""
-
-    values: dict
-    config: RunConfig
-    stage: Stage
-    directory: Path
-    seconds: float
-    peaks: dict[str, float]  # operand dtype -> FLOP/s
-    bandwidth: float  # bytes per second, read and written
-
 
 # ---- sections ----
 
@@ -128,15 +131,21 @@ def fine_tuning(bench: Bench, *, conversations: int = 2000) -> dict:
 
 
 def preference(bench: Bench, *, pairs: int = 8, prompt: int = 64, answer: int = 64) -> dict:
-    """DPO's updates on pairs of answers, with a live and a stored reference, against fine-tuning on the same tokens."""
-    length = 2 * (prompt + answer)
-    draw, place = np.random.default_rng(0), np.broadcast_to(np.arange(length) % (prompt + answer), (pairs, length))
-    names = ("tokens_BT", "targets_BT")
-    batch = {name: draw.integers(1, bench.stage.model.config.vocab_size, (pairs, length), np.int32) for name in names}
-    batch |= {"positions_BT": place.astype(np.int32), "mask_BT": (place >= prompt - 1) & (place < length // 2 - 1)}
-    batch["segments_BT"] = 1 + (np.arange(length, dtype=np.int32) >= length // 2) + 0 * batch["positions_BT"]
-    batch |= {name: np.zeros((pairs, length), np.float32) for name in ("score_BT", "margin_BT")}
-    batch = {name: x.reshape(bench.config.loop.micro_batches // 2, -1, length) for name, x in batch.items()}
+    """DPO's updates on pairs of answers that share a prompt, with a live and a stored reference, against fine-tuning on
+    the same rows.
+    """
+    # The prompt without its last token, and twice that token, the answer, and its end as an input.
+    counts, behind = (prompt - 1, answer + 1, answer + 1), np.arange(prompt - 1, prompt + answer)
+    place, answers = np.concatenate([np.arange(prompt - 1), behind, behind]), np.repeat([False, True, True], counts)
+    segments, parents = np.repeat([-1, 1, 2], counts), np.full(sum(counts), -1)
+    row = {"positions_BT": place, "segments_BT": segments, "parents_BT": parents}
+    batch = {name: np.tile(x.astype(np.int32), (pairs, 1)) for name, x in row.items()}
+    batch["mask_BT"] = np.tile(answers & (place < prompt + answer - 1), (pairs, 1))
+    shape, draw = batch["mask_BT"].shape, np.random.default_rng(0)
+    vocab_size = bench.stage.model.config.vocab_size
+    batch |= {name: draw.integers(1, vocab_size, shape, np.int32) for name in ("tokens_BT", "targets_BT")}
+    batch |= {name: np.zeros(shape, np.float32) for name in ("score_BT", "margin_BT")}
+    batch = {name: x.reshape(bench.config.loop.micro_batches // 2, -1, shape[1]) for name, x in batch.items()}
     model, of = bench.stage.model, bench.config.preference
     tuned = bench.stage._replace(
         prepare=preferences.referred(model, model, of), objective=preferences.preference(model, of), keys=()
@@ -152,6 +161,70 @@ def preference(bench: Bench, *, pairs: int = 8, prompt: int = 64, answer: int = 
     found = {f"{name}, seconds": spread(taken) for name, taken in rounds.items()}
     others = (name for name in programs if name != "fine-tuning")
     return found | {f"{name}, times fine-tuning": spread(rounds[name] / rounds["fine-tuning"]) for name in others}
+
+
+def rl(bench: Bench, *, prompts: int = 8, completions: int = 8, prompt: int = 32, new: int = 64) -> dict:
+    """A GRPO step without a reference, from prompts to new parameters, and its parts: the rollout, with what it waits
+    for rewards, and the update. The rollout beside plain decoding of the same shape, which shares no prompt.
+    """
+    model, tokenizer, B = bench.stage.model, bench.stage.tokenizer, prompts * completions
+    asked = [Problem(question(text), {}) for text in texts(bench, prompts, prompt)]
+    given = dict(sources={"any": ProblemSource("addition")}, rewards={"form": Term("format")}, completions=completions)
+    given |= dict(max_prompt_tokens=prompt, max_new_tokens=new)
+    policy_config = section(PolicyConfig, bench.values["policy"])
+    prompts_BT = np.repeat([chat.prompt(problem.prompt, tokenizer) for problem in asked], completions, axis=0)
+    with jax.set_mesh(mesh := sharding.mesh(bench.config.mesh)):
+        rows = 2 * sharding.data_parallelism(mesh)
+        shape = Shape(B // rows, rows, prompt - 1 + completions // 2 * new)
+        how = dict(shape=shape, place=partial(sharding.global_batch, on=mesh), held_out=0.1, seed=0)
+        rollout_config = section(RolloutConfig, bench.values["rollout"] | given)
+        drawn = experience(rollout_config, policy_config, model, None, tokenizer, **how)
+        drawn.problems = SimpleNamespace(problem=lambda number: asked[number % prompts])
+        params = loop.compile_programs(bench.config, bench.stage, mesh).init(jax.random.key(0)).params
+
+    def rollout():
+        with jax.set_mesh(mesh):
+            return drawn.batch(params, None, 0)
+
+    def decoding():
+        with jax.set_mesh(mesh):
+            how = dict(max_new_tokens=new, stop_ids=())
+            return generate(model, params, prompts_BT, np.full(B, prompt), jax.random.key(0), **how)
+
+    objective = policy(model, policy_config)
+    stage = bench.stage._replace(objective=objective, prepare=lambda params, batch: batch, filled=filled, keys=())
+    batch, told = rollout()
+    runs = {"rollout": rollout, "decoding": decoding, "update": loop_step(bench.config, stage, batch)[0]}
+    [run() for run in runs.values()]
+    rounds = turns({name: partial(seconds, run) for name, run in runs.items()}, bench.seconds)
+    speed = told["completion_tokens"] * B / rounds["rollout"]
+    return {
+        "prompts x completions": f"{prompts} x {completions}, {prompt} + {new} tokens",
+        "step, seconds": spread(rounds["rollout"] + rounds["update"]),
+        "rollout with its rewards, seconds": spread(rounds["rollout"]),
+        "of these waiting for rewards": drawn.rewarding.waited,
+        "update, seconds": spread(rounds["update"]),
+        "rollout, new tokens/s": spread(speed),
+        "rollout, times the speed of plain decoding": spread(speed * rounds["decoding"] / (B * new)),
+        "tokens of the update": np.count_nonzero(batch["segments_BT"]),
+    }
+
+
+def question(text: str) -> chat.Conversation:
+    """What a user asks."""
+    return chat.Conversation(({"role": "user", "content": text},))
+
+
+def texts(bench: Bench, count: int, length: int) -> list[str]:
+    """Texts of the run whose prompts have exactly so many ids."""
+    found, tokenizer, ids = [], bench.stage.tokenizer, next(bench.stage.batches)["tokens_BT"].ravel()
+    for start in range(0, len(ids), length):
+        text = tokenizer.decode(token for token in ids[start:][: length - 4].tolist() if token >= NUM_SPECIAL_TOKENS)
+        if len(chat.prompt(question(text), tokenizer)) == length:
+            found.append(text)
+        if len(found) == count:
+            return found
+    raise ValueError(f"a batch has no {count} texts of {length} ids: give a run of more tokens")
 
 
 def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) -> dict:
@@ -300,91 +373,8 @@ def embedding(bench: Bench, *, V: int = 32_000, T: int = 2048) -> dict:
 
 SECTIONS = {
     section.__name__: section
-    for section in (train, fine_tuning, preference, decode, loss, loader, overhead, cache, embedding)
+    for section in (train, fine_tuning, preference, rl, decode, loss, loader, overhead, cache, embedding)
 }
-
-
-# ---- measuring ----
-
-
-def staged(bench: Bench, **model) -> tuple[RunConfig, Stage]:
-    """The run with these keys of its model changed; tokenizer and tokens are already in the directory."""
-    config = run_config(bench.values | {"model": bench.values["model"] | model})
-    return config, STAGES[config.stage](config, bench.directory)
-
-
-def loop_step(config: RunConfig, stage: Stage, batch, frozen=None) -> tuple[Callable, float]:
-    """(the loop's own step of this batch on its own mesh, seconds to compile it)."""
-    with jax.set_mesh(mesh := sharding.mesh(config.mesh)):
-        programs = loop.compile_programs(config, stage, mesh)
-        return compiled(
-            programs.step, programs.init(jax.random.key(config.seed)), sharding.global_batch(batch, on=mesh), frozen
-        )
-
-
-def compiled(program, state, batch, frozen=None) -> tuple[Callable, float]:
-    """(a function of no arguments that takes the next step and returns all of its results, seconds to compile it)."""
-    start, frozen = time.perf_counter(), frozen or {}
-    executable = program.lower(state, batch, frozen).compile()
-    compile_seconds = time.perf_counter() - start
-    return repeating(lambda state: executable(state, batch, frozen), state), compile_seconds
-
-
-def repeating(step: Callable, state) -> Callable:
-    """A function that feeds the state a call returns (first, if it returns more) to the next, which may donate it."""
-
-    def run():
-        nonlocal state
-        result = step(state)
-        state = result[0] if isinstance(result, tuple) else result
-        return result
-
-    return run
-
-
-def seconds(run: Callable) -> float:
-    """How long ``run`` takes until its results are there."""
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
-
-
-def turns(measures: dict[str, Callable[[], float]], limit: float) -> dict[str, np.ndarray]:
-    """What each measures in each round, in turns forth and back, for ``limit`` seconds and three rounds at least."""
-    rounds, end = [], time.perf_counter() + limit
-    while len(rounds) < FEWEST_ROUNDS or time.perf_counter() < end:
-        order = list(measures) if len(rounds) % 2 == 0 else list(reversed(measures))
-        rounds.append({name: measures[name]() for name in order})
-    return {name: np.array([found[name] for found in rounds]) for name in measures}
-
-
-def spread(values: np.ndarray) -> dict[str, float]:
-    return {"median": float(np.median(values)), "min": float(np.min(values)), "max": float(np.max(values))}
-
-
-# ---- reporting ----
-
-
-def shown(value) -> str:
-    if isinstance(value, dict):
-        return f"{shown(value['median'])}  ({shown(value['min'])} to {shown(value['max'])})"
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float) and abs(value) < 1000
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
-
-
-def table(results: dict[str, dict]) -> Table:
-    """One row per number, a rule after each section."""
-    table = Table("section", "quantity", "median (least to greatest)", title="jaxllm benchmark")
-    for section, found in results.items():
-        for index, (name, value) in enumerate(found.items()):
-            last = index == len(found) - 1
-            table.add_row("" if index else section, name, shown(value), end_section=last)
-    return table
 
 
 def main(_):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxllm.model import DecoderConfig, Model
-from jaxllm.stages import RunConfig
+from jaxllm.run_config import RunConfig
 
 
 def loss(config: DecoderConfig, params, batch):

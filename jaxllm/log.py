@@ -60,20 +60,19 @@ class Log:
         self.rows.append(row)
         self.tokens += tokens
         self.untimed += tokens
-        self.places += batch["segments_BT"].size * jax.process_count()
+        segments = batch["segments_BT"]  # an empty micro-batch is not computed
+        self.places += int(np.any(segments, axis=(1, 2)).sum()) * segments[0].size * jax.process_count()
 
     def flush(self) -> None:
         """Writes the row of the steps since the row before; nothing where there were none."""
         self.settle()
         if not self.rows:
             return
-        row = {
-            name: value if name in LAST else float(np.mean([row[name] for row in self.rows]))
-            for name, value in self.rows[-1].items()
-        }
+        each = {name: [row[name] for row in self.rows if name in row] for row in self.rows for name in row}
+        row = {name: values[-1] if name in LAST else float(np.mean(values)) for name, values in each.items()}
         if self.untimed:
             self._lap()
-        self.write(self.step, row | self.speed | {"pad_fraction": 1 - self.tokens / self.places})
+        self.write(self.step, row | self.speed | {"pad_fraction": 1 - self.tokens / max(self.places, 1)})
         self.rows, self.speed, self.tokens, self.places = [], {}, 0, 0
 
     def _lap(self) -> None:

@@ -23,7 +23,8 @@ from jaxllm.evaluate.validation import validation
 from jaxllm.generate import SamplerConfig
 from jaxllm.log import Log
 from jaxllm.model import Model, flops_per_token, parameter_rules, with_scalar_head
-from jaxllm.stages import STAGES, RunConfig, Stage, limited, resolved, run_config
+from jaxllm.run_config import RunConfig, resolved, run_config
+from jaxllm.stages import Stage, limited, named
 from jaxllm.train import TrainState, optimizer, schedule, update
 from jaxllm.train.optimizer import AverageState, SpikeState, find_state
 from jaxllm.train.update import init_state
@@ -74,13 +75,14 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
     """
     values = resolved(values)
     config = run_config(values)
+    make = named(config.stage)
     mesh = sharding.mesh(config.mesh)
     with stop_signals() as stopping, jax.set_mesh(mesh), ExitStack() as stack:
         with _first_process_first():
             directory = workdir.open(directory, values, accept_changes=accept_changes)
-            stage = STAGES[config.stage](config, directory)
+            stage = make(config, directory)
         stack.callback(stage.batches.close)
-        keep = {key: getattr(config.loop, key) for key in ("keep_last", "keep_best", "best_metric")}
+        keep = {key: getattr(config.loop, key) for key in ("keep_last", "keep_best", "best_metric", "best_mode")}
         checkpoints = stack.enter_context(checkpoint.open(directory / "checkpoints", **keep))
         place = partial(sharding.global_batch, on=mesh)
         run = Run(
@@ -125,7 +127,9 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
             named = jax.random.fold_in(key, zlib.crc32(name.encode()))
             batch[name] = jax.random.split(named, config.loop.micro_batches)
         learning_rate = rate(state.step)
-        state, measured = update(state, batch, loss=partial(stage.objective, **frozen), optimizer=chain)
+        filled = stage.filled(batch) if stage.filled else None
+        loss = partial(stage.objective, **frozen)
+        state, measured = update(state, batch, loss=loss, optimizer=chain, filled=filled)
         spikes = find_state(SpikeState, state.opt_state)
         skipped = {"skipped": spikes.skipped} if spikes else {}
         counted = {"tokens": jnp.count_nonzero(batch["segments_BT"]), "learning_rate": learning_rate}
@@ -178,12 +182,12 @@ def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> 
     if step == 0 and loop.evaluate_first:
         log.write(0, _validation(run, state))
     while step < loop.steps:
-        batch = next(run.stage.batches)
+        batch, told = next(run.stage.batches), {}
         if run.stage.rollout:
-            batch = run.stage.rollout(state.params, batch, step)
+            batch, told = run.stage.rollout(state.params, batch, step, **run.frozen)
         state, measured = run.programs.step(state, run.place(batch), run.frozen)
         step += 1
-        log.add(step, batch, measured)
+        log.add(step, batch, measured | told)
         last, stop = step == loop.steps, _asked_to_stop(stopping, step)
         due = {name: every and (last or step % every == 0) for name, every in _periods(loop).items()}
         if due["log"]:
@@ -229,7 +233,7 @@ def _validation(run: Run, state: TrainState) -> dict[str, float]:
     row = measure(params=state.params, **run.frozen)
     if kept := find_state(AverageState, state.opt_state):
         row |= {f"average_{name}": value for name, value in measure(params=kept.average, **run.frozen).items()}
-    if run.config.loop.evaluate_answers:
+    if stage.prompts:
         row |= _answered(run, state)
     if stage.probe:
         row |= {f"validation_{name}": value for name, value in stage.probe(state.params, **run.frozen).items()}
@@ -253,12 +257,16 @@ def _answered(run: Run, state: TrainState) -> dict[str, float]:
 def _write_samples(run: Run, params: tree.Tree, step: int) -> None:
     """How the model goes on after the prompts at this step: greedy, so that only training changes it."""
     stage, prompts = run.stage, run.config.loop.sample_prompts
-    how = dict(max_new_tokens=run.config.loop.sample_tokens, sampler=GREEDY, read=stage.prompt)
-    texts = continuations(stage.model, params, stage.tokenizer, prompts, jax.random.key(0), **how)
-    rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
+    if stage.samples:
+        rows = stage.samples()
+    else:
+        how = dict(max_new_tokens=run.config.loop.sample_tokens, sampler=GREEDY, read=stage.prompt)
+        texts = continuations(stage.model, params, stage.tokenizer, prompts, jax.random.key(0), **how)
+        rows = [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
     for row in _record(run, "samples.jsonl", step, rows):
         shown = f"\033[2m{row['text']!r}\033[0m" if sys.stderr.isatty() else repr(row["text"])
-        print(f"  {row['prompt']}{shown}", file=sys.stderr)
+        reward = f"  reward {row['reward']:.3g}" if "reward" in row else ""
+        print(f"  {row['prompt']}{shown}{reward}", file=sys.stderr)
 
 
 def _record(run: Run, name: str, step: int, rows: list[dict]) -> list[dict]:

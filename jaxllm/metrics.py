@@ -24,7 +24,10 @@ Row = Mapping[str, float | str]
 Write = Callable[[int, Row], None]
 Writer = contextlib.AbstractContextManager[Write]
 
-SHOWN = ("loss", "validation_loss", "validation_accuracy", "tokens_per_second", "mfu")
+SHOWN = (
+    *("loss", "validation_loss", "validation_accuracy"),
+    *("reward", "validation_reward", "completion_tokens", "tokens_per_second", "mfu"),
+)
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 

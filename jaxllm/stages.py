@@ -1,4 +1,4 @@
-"""A run's configuration, and the stages it may name: each is an objective and a source of batches for the one loop."""
+"""The stages that a run may name: each is an objective and a source of batches for the one loop."""
 
 import dataclasses
 import itertools
@@ -11,84 +11,27 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxllm import workdir
-from jaxllm.configure import nearest, section
+from jaxllm.configure import nearest
 from jaxllm.data import loader, tokens
-from jaxllm.data.config import DataConfig
 from jaxllm.data.prompts import Prompt, prompts
 from jaxllm.evaluate.duels import Loaded, Sampling, divergence
 from jaxllm.evaluate.perplexity import weighed
 from jaxllm.evaluate.teaching import referred, taught
 from jaxllm.generate import SamplerConfig
-from jaxllm.model import DecoderConfig, Model, build
-from jaxllm.model.config import COMPUTATION
+from jaxllm.model import Model, build
+from jaxllm.rl.experience import experience
+from jaxllm.rl.layout import Shape, filled
 from jaxllm.rl.rollout import on_policy
-from jaxllm.sharding import MeshConfig, data_parallelism
+from jaxllm.run_config import RunConfig
+from jaxllm.sharding import data_parallelism, global_batch
 from jaxllm.text import chat
 from jaxllm.text import prepare as text
 from jaxllm.text.special_tokens import BOS_ID, PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
-from jaxllm.train import OptimizerConfig, preferences
-from jaxllm.train.objectives import ObjectiveConfig, distillation, next_token, stored_distillation
-from jaxllm.train.preferences import PreferenceConfig, RewardConfig
+from jaxllm.train import preferences
+from jaxllm.train.objectives import distillation, next_token, stored_distillation
+from jaxllm.train.policy import policy
 from jaxllm.tree import Tree
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """``configs/common.py`` explains each key beside its default."""
-
-    steps: int
-    batch_size: int
-    micro_batches: int
-    log_every: int
-    evaluate_every: int
-    evaluate_first: bool
-    evaluate_batches: int
-    evaluate_answers: int
-    sample_every: int
-    sample_prompts: tuple[str, ...]
-    sample_tokens: int
-    save_every: int
-    keep_last: int
-    keep_best: int
-    best_metric: str
-    tensorboard: bool
-
-    def __post_init__(self):
-        periods = ("log_every", "evaluate_every", "save_every")
-        least = dict.fromkeys(("steps", "batch_size", "micro_batches", *periods, "sample_tokens", "keep_last"), 1)
-        least |= dict.fromkeys(("evaluate_batches", "evaluate_answers", "sample_every", "keep_best"), 0)
-        for key, count in least.items():
-            if getattr(self, key) < count:
-                raise ValueError(f"loop.{key}={getattr(self, key)} must be at least {count}")
-        if self.sample_every and not self.sample_prompts:
-            raise ValueError(
-                "loop.sample_prompts is empty: give a prompt, or set loop.sample_every=0 to sample nothing"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that decides a run: one frozen dataclass per section of the config."""
-
-    stage: str
-    seed: int
-    start: str
-    teacher: str
-    reference: str
-    tokenizer: text.TokenizerConfig
-    data: DataConfig
-    model: DecoderConfig
-    optimizer: OptimizerConfig
-    objective: ObjectiveConfig
-    preference: PreferenceConfig
-    reward: RewardConfig
-    mesh: MeshConfig
-    loop: LoopConfig
-
-    def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"config.stage={self.stage!r} is not a stage{nearest(self.stage, STAGES)}")
 
 
 class Stage(NamedTuple):
@@ -106,30 +49,17 @@ class Stage(NamedTuple):
     prompts: Sequence[Prompt] = ()  # held out, as many as a validation asks, with the answers that the data give
     start: workdir.Saved | None = None  # the parameters to start from; None: random ones
     frozen: Mapping[str, workdir.Saved] = {}  # further arguments of the objective: parameters that it does not train
-    rollout: Callable | None = None  # (params, batch, step) -> the batch to train on
+    rollout: Callable | None = None  # (params, batch, step, **frozen) -> (the batch to train on, numbers to log)
+    filled: Callable | None = None  # (batch) -> how many of its micro-batches hold anything; None: all
+    samples: Callable | None = None  # () -> rows of prompts and texts to show; None: continuations of sample_prompts
     probe: Callable | None = None  # (params, **frozen) -> further numbers of a validation
 
 
-def run_config(values: Mapping) -> RunConfig:
-    """The validated configuration of a run from an ``ml_collections`` config or a mapping; ``ValueError`` names what is
-    wrong.
-    """
-    return section(RunConfig, values)
-
-
-def resolved(values: Mapping) -> dict:
-    """The config with the architecture and the tokenizer of the run that it starts from, whatever it says of them.
-
-    How the model is computed stays as it says, and whether it has a scalar head. A run that starts at random takes its
-    teacher's tokenizer, if it has one. Raises ``FileNotFoundError`` where there is no such run.
-    """
-    config, values = run_config(values), dict(values)
-    if config.start:
-        model = workdir.config(config.start)["model"]
-        values["model"] = model | {key: values["model"][key] for key in (*COMPUTATION, "scalar_head")}
-    if other := config.start or config.teacher:
-        values["tokenizer"] = workdir.config(other)["tokenizer"] | {"path": str(Path(other) / "tokenizer")}
-    return values
+def named(name: str) -> Callable[[RunConfig, Path], Stage]:
+    """The stage of this name; ``ValueError`` names the nearest one where there is none."""
+    if name not in STAGES:
+        raise ValueError(f"config.stage={name!r} is not a stage{nearest(name, STAGES)}")
+    return STAGES[name]
 
 
 def pretrain(config: RunConfig, directory: Path) -> Stage:
@@ -233,12 +163,64 @@ def reward(config: RunConfig, directory: Path) -> Stage:
     )
 
 
+def rl(config: RunConfig, directory: Path) -> Stage:
+    """Learning from rewards: REINFORCE, RLOO, PPO, GRPO and their kin, as ``config.policy`` composes them.
+
+    Dropout is off, so that the policy that learns is the one that sampled. The reference is the run that the policy
+    starts from, unless ``config.reference`` names another; where no coefficient needs one, it is measured only if it is
+    named. Raises ``ValueError`` where a critic has no scalar head, where a reference is needed and none is there, and
+    where the sizes of a rollout do not fit.
+    """
+    if config.policy.has_values and not config.model.scalar_head:
+        raise ValueError("policy.advantage='gae' needs model.scalar_head=True: the critic is what that head says")
+    named = config.reference or (config.start if config.policy.has_reference else "")
+    if config.policy.has_reference and not named:
+        raise ValueError(
+            "policy.kl_loss and kl_reward need a reference: name a run in config.start or config.reference"
+        )
+    tokenizer = text.prepare(config.tokenizer, tokens.training_texts(config.data), directory=directory / "tokenizer")
+    model = build(config.model.with_vocabulary(tokenizer.vocab_size))
+    reference = workdir.saved(named) if named else None
+    if reference and reference.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"the reference {named} has another tokenizer than the policy: name another run")
+    loop = config.loop
+    drawn = experience(
+        config.rollout,
+        config.policy,
+        model,
+        reference.model if reference else None,
+        tokenizer,
+        shape=Shape(loop.micro_batches, loop.batch_size // loop.micro_batches, config.data.sequence_length),
+        place=partial(global_batch, on=jax.sharding.get_mesh()),
+        held_out=config.data.validation,
+        seed=config.seed,
+    )
+    held_out = drawn.problems.validation(loop.evaluate_answers) if loop.evaluate_answers else ()
+    return Stage(
+        model=model,
+        tokenizer=tokenizer,
+        batches=drawn,
+        validation={},
+        prepare=lambda params, batch, **frozen: batch,
+        objective=policy(model, config.policy, temperature=config.rollout.temperature),
+        report=drawn.problems.report,
+        prompt=partial(_question, tokenizer),
+        start=workdir.saved(config.start) if config.start else None,
+        frozen={"ref_params": reference} if reference else {},
+        rollout=drawn.batch,
+        filled=filled,
+        samples=drawn.rows,
+        probe=(lambda params, **frozen: drawn.probe(params, held_out)) if held_out else None,
+    )
+
+
 STAGES: dict[str, Callable[[RunConfig, Path], Stage]] = {
     "pretrain": pretrain,
     "sft": sft,
     "distill": distill,
     "reward": reward,
     "preference": preference,
+    "rl": rl,
 }
 
 

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common
+from configs import common, rl
 from jaxllm.evaluate.perplexity import weighed
 from jaxllm.model import build, parameter_rules
+from jaxllm.run_config import LoopConfig, RunConfig, run_config
 from jaxllm.sharding import parameter_shardings
-from jaxllm.stages import LoopConfig, RunConfig, limited, run_config
+from jaxllm.stages import limited, named
 from jaxllm.text.tokenizer import byte_tokenizer
 from jaxllm.train import optimizer, schedule
 from jaxllm.train.objectives import next_token
@@ -60,7 +61,7 @@ def test_a_run_builds_and_its_update_has_shapes(run, arg, make_mesh):
 def test_a_run_says_its_command_and_refuses_an_unknown_argument(run):
     module = importlib.import_module(f"configs.{run}")
     assert f"--config=configs/{run}.py" in module.__doc__
-    with pytest.raises(ValueError, match=f"configs/{run}.py takes no argument, or 'tiny', not 'tinny'"):
+    with pytest.raises(ValueError, match=f"configs/{run}.py takes no argument, .*'tiny'.*, not 'tinny'"):
         module.get_config("tinny")
 
 
@@ -95,7 +96,6 @@ def changed(**changes):
         (dict(model__num_head=4), r"config\.model\.num_head is not a known key; did you mean 'num_heads'\?"),
         (dict(model__rope__tetha=1.0), r"config\.model\.rope\.tetha is not a known key; did you mean 'theta'\?"),
         (dict(lop=1), r"config\.lop is not a known key; did you mean 'loop'\?"),
-        (dict(stage="pretrian"), r"config\.stage='pretrian' is not a stage; did you mean 'pretrain'\?"),
         (dict(model__num_kv_heads=3), r"model\.num_heads=4 is not a multiple of model\.num_kv_heads=3"),
         (dict(loop__steps=0), r"loop\.steps=0 must be at least 1"),
         (dict(loop__save_every=0), r"loop\.save_every=0 must be at least 1"),
@@ -108,6 +108,19 @@ def changed(**changes):
 def test_what_is_wrong_with_a_config_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         run_config(changed(**changes))
+
+
+def test_a_stage_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"config\.stage='pretrian' is not a stage; did you mean 'pretrain'\?"):
+        named("pretrian")
+
+
+@pytest.mark.parametrize("algorithm", rl.ALGORITHMS)
+def test_every_algorithm_of_reinforcement_learning_is_a_few_keys_that_are_known(algorithm):
+    config = run_config(rl.get_config(f"{algorithm}-tiny"))
+    assert config.stage == "rl" and config.model.scalar_head == config.policy.has_values
+    for key, value in rl.ALGORITHMS[algorithm].items():
+        assert getattr(config.policy, key) == value
 
 
 def test_a_config_survives_its_way_through_json():

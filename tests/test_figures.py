@@ -107,8 +107,8 @@ def test_smoothing_keeps_gaps_only_where_nothing_is_near():
 
 
 def test_nothing_to_draw_names_what_is_there_and_what_is_wanted(tmp_path):
-    with pytest.raises(ValueError, match=r"the rows hold \['reward', 'step'\], the panels want \['loss'"):
-        figures.curves([{"step": 1, "reward": 1.0}], tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"the rows hold \['prize', 'step'\], the panels want \['loss'"):
+        figures.curves([{"step": 1, "prize": 1.0}], tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"nothing to draw in .*a.png: the rows hold \[\]"):
         figures.curves([], tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()

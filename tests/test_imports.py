@@ -18,13 +18,14 @@ FLOORS = {
     **dict.fromkeys(("model", "checkpoint"), 2),
     **dict.fromkeys(("generate", "train", "workdir", "log"), 3),
     **dict.fromkeys(("evaluate", "rl"), 4),
-    "stages": 5,
-    "loop": 6,
-    "serve": 7,
+    "run_config": 5,
+    "stages": 6,
+    "loop": 7,
+    "serve": 8,
 }
 # Within floor 0, losses make their products with the one einsum, and metrics and figures stand apart.
 SAME_FLOOR = {("losses", "einsum"), ("rl", "evaluate")}
-MAY_COMPILE = ("loop", "generate", "evaluate", "hardware")
+MAY_COMPILE = ("loop", "generate", "evaluate", "rl", "hardware")
 MAY_TOUCH_FILES = ("text", "data", "checkpoint", "metrics", "figures", "workdir", "serve")
 NO_JAX = ("text", "data", "configure", "rewards")
 # Grain names an iterator's position get_state and set_state, and those who take one call them so.
@@ -186,7 +187,7 @@ def test_each_file_says_what_it_is_for(module):
         ("jaxllm.tree", "from jaxllm import sharding", "floor 0 imports sharding of floor 1"),
         ("jaxllm.sharding", "def f():\n    from jaxllm.data import loader", "floor 1 imports data of floor 1"),
         ("jaxllm.model.rope", "import jaxllm.train", "floor 2 imports train of floor 3"),
-        ("jaxllm.train.update", "from jaxllm.loop import run", "floor 3 imports loop of floor 6"),
+        ("jaxllm.train.update", "from jaxllm.loop import run", "floor 3 imports loop of floor 7"),
         ("jaxllm.losses.policy", "import numpy", "losses import"),
         ("jaxllm.losses.policy", "from jaxllm.tree import mask", "losses import more"),
         ("jaxllm.train.update", "import flax.nnx", "only model imports flax"),

@@ -1,5 +1,6 @@
 """Whole runs of the stages that start from another run: what they write, and that they go on bit for bit."""
 
+import functools
 import json
 import os
 import signal
@@ -8,12 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
-from jaxllm import checkpoint, figures, hardware, loop, metrics
+from configs import common, rl
+from jaxllm import checkpoint, figures, hardware, loop, metrics, sharding
 from jaxllm.evaluate import rewarding
 from jaxllm.text.chat import Conversation
 
-TIMES = {"compile_seconds", "seconds", "tokens_per_second", "mfu"}  # these alone may differ between two runs
+TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "mfu"}  # and what ends with _seconds, may differ
 SIZES = dict(num_layers=1, width=16, mlp_width=16, num_heads=4, num_kv_heads=2, head_width=8, operand_dtype="float32")
 
 
@@ -77,7 +78,8 @@ def train(values, directory, *, stop_at=0):
 
 
 def rows(directory, name="metrics.jsonl"):
-    return [{key: row[key] for key in row.keys() - TIMES} for row in metrics.read(directory / name)]
+    found = metrics.read(directory / name)
+    return [{key: row[key] for key in row.keys() - TIMES if not key.endswith("_seconds")} for row in found]
 
 
 def params(directory):
@@ -85,7 +87,9 @@ def params(directory):
 
 
 def assert_same_run(one, other):
-    for name in ("metrics.jsonl", "answers.jsonl", "samples.jsonl"):
+    written = {path.name for path in one.glob("*.jsonl")}
+    assert written == {path.name for path in other.glob("*.jsonl")}
+    for name in written:
         assert rows(one, name) == rows(other, name), name
     same = jax.tree.map(lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes(), params(one), params(other))
     assert all(jax.tree.leaves(same))
@@ -227,3 +231,49 @@ def test_a_reward_model_starts_from_a_policy_with_a_new_head_and_goes_on_bit_for
     assert found.mean[0] > found.mean[1] and found.mean[2] > found.mean[3] and np.all(found.spread == 0)
     with pytest.raises(ValueError, match="have a scalar head .* set model.scalar_head=True"):
         loop.run(config_of(sources, "preference", start=str(straight)), tmp_path / "dpo")
+
+
+# ---- reinforcement learning ----
+
+
+def arms(sources, start, algorithm, **changes):
+    """A run on ten arms, of which the seventh pays best."""
+    config = config_of(sources, "rl", start=str(start), data__sequence_length=40, optimizer__learning_rate=5e-3)
+    policy = common.get_config().policy.to_dict() | rl.ALGORITHMS[algorithm]
+    rewards = {"pay": common.reward("bandit").to_dict(), "watched": common.reward("format", weight=0.0).to_dict()}
+    rollout = dict(
+        completions=8,
+        max_prompt_tokens=32,
+        max_new_tokens=3,
+        slots=5,
+        shown=1,
+        rewards=rewards,
+        validation_temperature=1.0,
+    )
+    rollout["sources"] = {"arms": common.problem("bandit", level=7).to_dict()}
+    config["policy"], config["rollout"] = policy, config["rollout"] | rollout
+    config["model"]["scalar_head"] = policy["advantage"] == "gae"
+    config["loop"] |= dict(evaluate_answers=4, best_metric="validation_reward", best_mode="max") | changes
+    return config
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """A mesh of two, for which programs are compiled faster than for eight."""
+    monkeypatch.setattr(sharding, "mesh", functools.partial(sharding.mesh, devices=jax.devices()[:2]))
+
+
+def test_ppo_that_was_stopped_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
+    sources, pretrained, tmp_path, capsys, two_devices
+):
+    """C27: the same completions, advantages and critic after it, though two updates of a rollout were still to come."""
+    values = arms(sources, pretrained, "ppo", steps=6, evaluate_every=6, save_every=6, sample_every=6)
+    straight = train(values, tmp_path / "straight")
+    train(values, tmp_path / "run", stop_at=2)
+    assert "new and 0: scalar_head/bias, scalar_head/kernel" in capsys.readouterr().err
+    assert_same_run(train(values, tmp_path / "run"), straight)
+    told = [row for row in rows(straight) if "reward" in row]
+    assert told[0]["reward/watched"] == 0 and told[0]["value"] == 0
+    assert told[0]["kl_coefficient"] == pytest.approx(0.03) and abs(told[0]["kl"]) < 1e-3
+    samples = rows(straight, "samples.jsonl")
+    assert len(samples) == 8 and samples[0].keys() >= {"prompt", "text", "reward", "pay"}

@@ -7,6 +7,7 @@ import pytest
 
 from configs import common
 from jaxllm import checkpoint, stages, workdir
+from jaxllm.run_config import resolved, run_config
 from jaxllm.text.special_tokens import PAD_ID
 
 TEXTS = [f"document {index}: " + "some words and é " * (index % 5) for index in range(40)]
@@ -32,14 +33,14 @@ def values(tmp_path):
 
 
 def pretrain(values, directory):
-    return stages.STAGES["pretrain"](stages.run_config(values), directory)
+    return stages.STAGES["pretrain"](run_config(values), directory)
 
 
 # ---- the configuration of a run ----
 
 
 def test_every_key_of_the_common_config_reaches_its_dataclass(values):
-    config, given = stages.run_config(values()), values()
+    config, given = run_config(values()), values()
     assert config.loop.sample_prompts == tuple(given["loop"]["sample_prompts"])
     for name in ("tokenizer", "model", "optimizer", "objective", "preference", "reward", "mesh", "loop"):
         assert {field.name for field in dataclasses.fields(getattr(config, name))} == given[name].keys()
@@ -58,19 +59,19 @@ def test_an_unknown_key_names_the_nearest_one(values, section, key, message):
     given = values()
     (given[section] if section else given)[key] = 1
     with pytest.raises(ValueError, match=message):
-        stages.run_config(given)
+        run_config(given)
 
 
 def test_a_missing_key_is_named(values):
     given = values()
     del given["loop"]["steps"]
     with pytest.raises(ValueError, match="config.loop.steps is missing; configs/common.py holds its default"):
-        stages.run_config(given)
+        run_config(given)
 
 
 def test_an_unknown_stage_names_the_nearest_one(values):
     with pytest.raises(ValueError, match=r"config.stage='pretrian' is not a stage; did you mean 'pretrain'\?"):
-        stages.run_config(values(stage="pretrian"))
+        stages.named(values(stage="pretrian")["stage"])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_an_unknown_stage_names_the_nearest_one(values):
 )
 def test_counts_below_one_are_refused_by_name(values, key):
     with pytest.raises(ValueError, match=f"loop.{key}=0 must be at least 1"):
-        stages.run_config(values(**{f"loop__{key}": 0}))
+        run_config(values(**{f"loop__{key}": 0}))
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_counts_below_one_are_refused_by_name(values, key):
 )
 def test_values_that_would_fail_at_a_later_step_are_refused_at_once(values, changes, message):
     with pytest.raises(ValueError, match=message):
-        stages.run_config(values(**changes))
+        run_config(values(**changes))
 
 
 # ---- pretraining ----
@@ -218,7 +219,7 @@ def chat_values(values, tmp_path):
 
 def saved_run(given, directory):
     """A run directory with the config, the tokenizer and a checkpoint of random parameters."""
-    stage = stages.STAGES[given["stage"]](stages.run_config(given), workdir.open(directory, given))
+    stage = stages.STAGES[given["stage"]](run_config(given), workdir.open(directory, given))
     stage.batches.close()
     with checkpoint.open(directory / "checkpoints") as checkpoints:
         checkpoints.save(1, {"params": jax.jit(stage.model.init)(jax.random.key(5))}, position=None, meta={})
@@ -226,8 +227,8 @@ def saved_run(given, directory):
 
 
 def staged(given, directory):
-    given = stages.resolved(given)
-    stage = stages.STAGES[given["stage"]](stages.run_config(given), directory)
+    given = resolved(given)
+    stage = stages.STAGES[given["stage"]](run_config(given), directory)
     stage.batches.close()
     return stage
 
@@ -246,7 +247,7 @@ def test_a_run_takes_architecture_and_tokenizer_of_the_one_it_starts_from_and_co
 
 def test_a_start_that_is_no_run_is_named(values, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path / 'nowhere'}: config.json is missing"):
-        stages.resolved(values(start=str(tmp_path / "nowhere")))
+        resolved(values(start=str(tmp_path / "nowhere")))
 
 
 def test_fine_tuning_learns_answers_and_replayed_texts_whole_and_asks_as_a_user(chat_values, tmp_path):
@@ -317,7 +318,7 @@ def flat(array):
     ],
 )
 def test_a_stage_of_preferences_says_what_it_lacks(values, tmp_path, changes, message):
-    config = stages.run_config(values(**changes))
+    config = run_config(values(**changes))
     with pytest.raises(ValueError, match=message):
         stages.STAGES[config.stage](config, tmp_path / "run")
 
@@ -330,4 +331,4 @@ def test_fine_tuning_does_not_learn_rejected_answers(values, tmp_path):
         | {"sources": {"pairs": common.source(str(path), format="preference", packing="best_fit_whole").to_dict()}}
     }
     with pytest.raises(ValueError, match=r"would learn the rejected answers of \['pairs'\] too: set .*'chosen'"):
-        stages.sft(stages.run_config(changed), tmp_path / "run")
+        stages.sft(run_config(changed), tmp_path / "run")

@@ -225,13 +225,17 @@ def paired(store: TokenStore) -> bool:
 
 
 def judgements(store: TokenStore, index: np.ndarray) -> dict[str, np.ndarray]:
-    """The score of the document, and the margin of the unit, of each of these tokens; none but of preferences."""
+    """The score of the answer, and the margin of the unit, of each of these tokens; none but of preferences.
+
+    Both are 0 in a prompt that answers share.
+    """
     if not paired(store):
         return {}
     unit = np.searchsorted(store.offsets, index, side="right") - 1
-    known = store.units[unit]
-    second = index - store.offsets[unit] >= known["second"]
-    return {"score_BT": np.where(second, *known["scores"].T[::-1]), "margin_BT": known["margin"]}
+    known, place = store.units[unit], index - store.offsets[unit]
+    scores = np.where(place < known["second"], *known["scores"].T)
+    prompt = place < known["shared"]
+    return {"score_BT": np.where(prompt, 0, scores), "margin_BT": np.where(prompt, 0, known["margin"])}
 
 
 def targets_of(marks: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -245,6 +249,19 @@ def columns(store: TokenStore) -> Mapping[str, np.ndarray]:
     return store.columns if isinstance(store, AnnotatedStore) else {}
 
 
+def _documents(counts: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(position of its first token, numbers) of each piece."""
+    return np.zeros_like(counts), {"segments_BT": 1 + np.arange(len(counts))}
+
+
+def _units(counts: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """As `_documents`, of a prompt, which may be empty, and two answers to it, over and over."""
+    shared, unit = np.repeat(counts[::3], 3), np.repeat(1 + np.arange(len(counts) // 3), 3)
+    side = np.arange(len(counts)) % 3
+    segments = np.where(side, 2 * unit - 2 + side, -unit)
+    return np.where(side, shared, 0), {"segments_BT": segments, "parents_BT": np.where(shared, -unit, segments)}
+
+
 class Rows:
     """The rows of a store under a plan, by index: what Grain calls a random-access source.
 
@@ -253,8 +270,10 @@ class Rows:
     target is supervised: in texts everywhere but in the padding. The columns of an annotated store come along, those
     of each pair's first token, with zeros in the padding.
 
-    In rows of preferences the p-th unit is segments 2p - 1 and 2p, the second left out where it has none, and there are
-    `score_BT` of the answer, NaN where none is known, and `margin_BT` (float32).
+    In rows of preferences the answers of the p-th unit are segments 2p - 1 and 2p, the second left out where it has
+    none, and the prompt that they share is segment -p: `parents_BT` (int32) is -p in all three, and a segment's own
+    number where it shares none. Positions go on from prompt to answer. There are `score_BT` of the answer, NaN where
+    none is known, and `margin_BT` (float32), 0 in the prompt.
     """
 
     def __init__(self, store: TokenStore, plan: Plan, *, length: int, pad_id: int):
@@ -265,16 +284,21 @@ class Rows:
         return len(self.plan)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        starts, counts = self.plan.pieces(row)
-        segments = np.repeat(np.arange(len(counts)), counts)
-        positions = np.arange(len(segments)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return self._padded(starts[segments] + positions, positions, segments + 1)
+        return self._row(*self.plan.pieces(row))
 
     def blank(self) -> dict[str, np.ndarray]:
         """A row of padding alone."""
-        return self._padded(*np.zeros((3, 0), np.int64))
+        return self._row(*np.zeros((2, 0), np.int64))
 
-    def _padded(self, index, positions, segments) -> dict[str, np.ndarray]:
+    def _row(self, starts: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+        """That of these pieces."""
+        piece = np.repeat(np.arange(len(counts)), counts)
+        place = np.arange(len(piece)) - np.repeat(np.cumsum(counts) - counts, counts)
+        first, numbers = (_units if paired(self._store) else _documents)(counts)
+        numbers = {name: values[piece] for name, values in numbers.items()}
+        return self._padded(starts[piece] + place, {"positions_BT": first[piece] + place} | numbers)
+
+    def _padded(self, index: np.ndarray, numbers: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tokens, marks = self._store.tokens, supervised(self._store)
         mask = np.ones(len(index), bool) if marks is None else marks[index + 1]
         beside = {name: values[index] for name, values in columns(self._store).items()}
@@ -282,8 +306,7 @@ class Rows:
         return {
             "tokens_BT": self._to_length(tokens[index], np.int32, self._pad_id),
             "targets_BT": self._to_length(tokens[index + 1], np.int32, self._pad_id),
-            "positions_BT": self._to_length(positions, np.int32),
-            "segments_BT": self._to_length(segments, np.int32),
+            **{name: self._to_length(values, np.int32) for name, values in numbers.items()},
             "mask_BT": self._to_length(mask, bool),
             **{name: self._to_length(values, values.dtype) for name, values in beside.items()},
         }
@@ -309,14 +332,17 @@ class Rows:
 
         Documents without a target are read for nothing, as where their answer lies beyond the end of a row.
         """
-        pairs, dropped = int(self.plan.spans[1].sum()), self.plan.dropped
+        counts, dropped = self.plan.spans[1], self.plan.dropped
+        pairs = int(counts.sum())
         units = {"dropped_identical": dropped.identical, "dropped_unanswered": dropped.unanswered}
+        # A shared prompt is no document, and no unit is kept without a target in each of its answers.
+        silent = 0 if paired(self._store) else int(((self.targets_of_spans == 0) & (counts > 0)).sum())
         return {
             "rows": len(self),
             "targets": self.num_targets,
             "pad_fraction": 1 - pairs / (len(self) * self._length) if len(self) else 0.0,
             "supervised_fraction": self.num_targets / max(pairs, 1),
-            "documents_without_target": int(((self.targets_of_spans == 0) & (self.plan.spans[1] > 0)).sum()),
+            "documents_without_target": silent,
             "dropped_documents": dropped.documents,
             "dropped_ends": dropped.ends,
             "dropped_targets": dropped.pairs,

@@ -1,4 +1,4 @@
-"""Plans of rows in which the two documents of a unit of preferences lie side by side."""
+"""Plans of rows in which a prompt lies before the two answers of a unit of preferences."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from jaxllm.data.tokens import TokenStore
 
 
 class Units(NamedTuple):
-    """The two documents of each unit of preferences, [units, 2]: first token, and pairs, 0 where there is no second.
+    """The prompt and the two answers of each unit of preferences, [units, 3]: first token, and pairs, 0 where there is
+    none: a document alone is an answer, its prompt included.
 
     differ: place from which on the documents differ. supervised: bool per token of the store.
     """
@@ -21,7 +22,7 @@ class Units(NamedTuple):
     supervised: np.ndarray
 
     def targets(self, counts: np.ndarray) -> np.ndarray:
-        """Supervised targets among the first so many pairs of each document."""
+        """Supervised targets among the first so many pairs of each piece."""
         return targets_of(self.supervised, self.starts, counts)
 
 
@@ -29,34 +30,37 @@ def units(store: TokenStore, offsets: np.ndarray) -> Units:
     """The units of a store that lie between these offsets of it."""
     first = int(np.searchsorted(store.offsets, offsets[0]))
     known = store.units[first : first + len(offsets) - 1]
-    begins, ends = offsets[:-1], offsets[1:]
-    seconds = begins + known["second"]
-    starts = np.stack([begins, np.minimum(seconds, ends - 1)], axis=1)
-    counts = np.stack([seconds - begins - 1, np.maximum(ends - seconds - 1, 0)], axis=1)
+    begins, ends, shared = offsets[:-1], offsets[1:], known["shared"]
+    answers, seconds = begins + shared, begins + known["second"]
+    starts = np.stack([begins, answers, np.minimum(seconds, ends - 1)], axis=1)
+    counts = np.stack([shared, seconds - answers - 1, np.maximum(ends - seconds - 1, 0)], axis=1)
     return Units(starts, counts, known["differ"], store.supervised)
 
 
 def whole(units: Units, length: int) -> Table:
-    """As `best_fit_whole`, the two documents of a unit side by side."""
+    """As `best_fit_whole`, of units."""
     fits = units.counts.sum(axis=1) <= length
     dropped = Dropped(documents=int((~fits).sum()), pairs=int(units.counts[~fits].sum()))
     return _table(units, units.counts, fits, length, dropped)
 
 
 def truncated(units: Units, length: int) -> Table:
-    """As `best_fit_truncated`: of a unit longer than a row, each document is cut to what the other leaves of it, or to
-    half of it where that is more.
+    """As `best_fit_truncated`: of a unit longer than a row, each answer is cut to what prompt and other answer leave of
+    it, or to half of what the prompt leaves where that is more.
     """
-    room = np.maximum(length // 2, length - units.counts[:, ::-1])
-    counts = np.minimum(units.counts, room)
+    prompts, answers = units.counts[:, :1], units.counts[:, 1:]
+    room = np.maximum(length - prompts, 0)
+    counts = np.hstack([prompts, np.minimum(answers, np.maximum(room // 2, room - answers[:, ::-1]))])
     dropped = Dropped(ends=int((counts < units.counts).sum()), pairs=int((units.counts - counts).sum()))
     return _table(units, counts, np.ones(len(counts), bool), length, dropped)
 
 
 def _table(units: Units, counts: np.ndarray, kept: np.ndarray, length: int, dropped: Dropped) -> Table:
-    """Rows of the units that are kept and from which, so many pairs of each document, there is something to learn."""
-    unanswered = kept & np.any((units.targets(counts) == 0) & (counts > 0), axis=1)
-    identical = kept & ~unanswered & (units.differ > counts.max(axis=1))  # not even the last target tells them apart
+    """Rows of the units that are kept and from which, so many pairs of each piece, there is something to learn."""
+    empty = (units.targets(counts) == 0) & (units.counts > 0)
+    unanswered = kept & np.any(empty[:, 1:], axis=1)
+    # Not even the last target tells them apart.
+    identical = kept & ~unanswered & (units.differ > counts[:, 0] + counts[:, 1:].max(axis=1))
     left_out = unanswered | identical
     dropped = dropped._replace(
         pairs=dropped.pairs + int(counts[left_out].sum()),

@@ -1,8 +1,8 @@
 """Documents to tokens, once: a directory holds the flat ids and the offsets of the documents, or does not exist.
 
 A document is BOS, its text, EOS; or a conversation as the chat template renders it, whose store has the mask of what is
-supervised beside the ids; or a unit of preferences, two such conversations, with what is known of them. The order of
-the documents is a keyed shuffle of the source's, task by task.
+supervised beside the ids; or a unit of preferences, two such conversations whose common prompt is there once, with what
+is known of them. The order of the documents is a keyed shuffle of the source's, task by task.
 """
 
 import contextlib
@@ -149,7 +149,8 @@ def _options(source: SourceConfig) -> list[tuple[str, Any]]:
     """What decides the tokens and is not at its default: a new option leaves the caches that do not use it valid."""
     values = ((option, getattr(source, option.name)) for option in fields(source) if option.name not in _ELSEWHERE)
     template = [("template", chat.JINJA)] if source.is_chat else []
-    return [(option.name, value) for option, value in values if value != option.default] + template
+    layout = [("units", units.FORMAT)] if source.is_preference else []
+    return [(option.name, value) for option, value in values if value != option.default] + template + layout
 
 
 def write_whole(place: Path, write: Callable[[Path], None]) -> None:

@@ -1,7 +1,8 @@
 """Preferences to units, and units to what a store keeps of them.
 
 A unit is what lies together in a row: the conversation with the better answer and that with the worse; or an answer
-alone, and beside it one that answers another prompt.
+alone, and beside it one that answers another prompt. Their prompt is stored once, without its last token: each answer
+begins with that, so that all it says is a target.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +18,11 @@ from jaxllm.text.chat import Conversation
 from jaxllm.text.special_tokens import EOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 
-# What is known of a unit beside its tokens. second: where its second document begins, its length where there is none.
-# differ: place in the documents at which they first differ; 0 where they are not to be compared.
-UNIT = np.dtype([("second", "<i8"), ("differ", "<i8"), ("margin", "<f4"), ("scores", "<f4", (2,))])
+FORMAT = 2  # raise it when the same preferences would give other units
+# What is known of a unit beside its tokens. shared: how many tokens its second document takes from the first, 0 where
+# there is none. second: where the rest of it begins; all tokens' number where there is none. differ: place in the
+# documents at which they first differ; 0 where they are not to be compared.
+UNIT = np.dtype([("shared", "<i8"), ("second", "<i8"), ("differ", "<i8"), ("margin", "<f4"), ("scores", "<f4", (2,))])
 
 
 class Unit(NamedTuple):
@@ -42,7 +45,7 @@ class Unit(NamedTuple):
 
 
 class RenderedUnit(NamedTuple):
-    """tokens and supervised of the documents of a unit, one after the other; numbers: those of a UNIT."""
+    """tokens and supervised of a unit's first document, and of the rest of its second; numbers: those of a UNIT."""
 
     tokens: np.ndarray
     supervised: np.ndarray
@@ -67,9 +70,11 @@ def render(units: Sequence[Unit], tokenizer: Tokenizer) -> list[RenderedUnit]:
 def _rendered(unit: Unit, documents: list[chat.Rendered]) -> RenderedUnit:
     ended = [np.append(document.tokens, EOS_ID).astype(np.int32) for document in documents]
     marks = [np.append(document.supervised, False) for document in documents]
-    differ = _first_difference(*ended) if len(ended) == 2 and unit.comparable else 0
-    numbers = (len(ended[0]), differ, unit.margin, unit.scores)
-    return RenderedUnit(np.concatenate(ended), np.concatenate(marks), numbers)
+    differ = _first_difference(*ended) if len(ended) == 2 else 0
+    shared = min(differ, *map(np.argmax, marks)) - 1 if differ else 0
+    numbers = (shared, len(ended[0]), differ if unit.comparable else 0, unit.margin, unit.scores)
+    tokens, supervised = (np.concatenate([first, *(x[shared:] for x in rest)]) for first, *rest in (ended, marks))
+    return RenderedUnit(tokens, supervised, numbers)
 
 
 def _first_difference(a: np.ndarray, b: np.ndarray) -> int:

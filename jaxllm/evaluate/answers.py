@@ -2,16 +2,16 @@
 
 import functools
 import re
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
-from jaxllm.generate import Completions, SamplerConfig, generate
+from jaxllm.generate import Request, SamplerConfig, completions
 from jaxllm.model import Model
-from jaxllm.text.special_tokens import END_ID, EOS_ID, PAD_ID
+from jaxllm.text.special_tokens import END_ID, EOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -50,8 +50,8 @@ def answers(
 ) -> list[Answer]:
     """The answer to each prompt, up to the end of the turn or of the document, or ``max_new_tokens``.
 
-    Prompts of similar lengths share a batch, and every batch has one size, so that few programs are compiled. Greedy
-    answers do not depend on ``batch_size``, others do. Raises as ``generate`` does.
+    What is sampled for a prompt depends on it, its number and the key, not on ``batch_size``: how many are sampled at
+    once. Raises as ``completions`` does.
     """
     how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
     found = dict(answered(model, params, prompts, key, **how))
@@ -69,24 +69,19 @@ def answered(
     batch_size: int,
     known: Collection[int] = (),
 ) -> Iterator[tuple[int, Answer]]:
-    """(number of the prompt, its answer) as they come, the longest prompts first, without those that are ``known``.
+    """(number of the prompt, its answer) as they finish, the longest prompts first, without those that are ``known``.
 
     What is sampled for a prompt is what ``answers`` samples, whatever is known: an interrupted work continues as if it
     had not been.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
-    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
-    for start in range(0, len(prompts), batch_size):
-        numbers = by_length[start : start + batch_size]
-        if all(number in known for number in numbers):
-            continue
-        # The last batch is filled up with its last prompt: another size would be compiled for.
-        rows = numbers + numbers[-1:] * (min(batch_size, len(prompts)) - len(numbers))
-        batch, batch_key = _padded([prompts[number] for number in rows]), jax.random.fold_in(key, start // batch_size)
-        how = dict(max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=STOP_IDS)
-        sampled = _sampled(generate(model, params, *batch, batch_key, **how))
-        yield from ((number, answer) for number, answer in zip(numbers, sampled, strict=False) if number not in known)
+    lengths = [len(prompt) for prompt in prompts]
+    by_length = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
+    queue = deque(Request(number, prompts[number], max_new_tokens) for number in by_length if number not in known)
+    how = dict(slots=batch_size, length=max(lengths, default=0) + max_new_tokens, sampler=sampler, stop_ids=STOP_IDS)
+    for number, tokens, _, ended in completions(model, params, queue, key, **how):
+        yield number, Answer(tokens.tolist(), ended)
 
 
 def compared(tokenizer: Tokenizer, prompts: Prompts, references: Prompts, found: Sequence[Answer]) -> list[Row]:
@@ -143,19 +138,6 @@ class _Words:
         return re.findall(r"[^\W_]+", text.lower())
 
 
-def _sampled(done: Completions) -> list[Answer]:
-    rows = (tokens_T[mask_T].tolist() for tokens_T, mask_T in zip(done.tokens_BT, done.mask_BT, strict=True))
-    return [Answer(tokens, tokens[-1] in STOP_IDS) for tokens in rows]
-
-
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     stop = next((place for place, token in enumerate(ids) if token in STOP_IDS), len(ids))
     return tokenizer.decode(ids[:stop])
-
-
-def _padded(rows: Prompts) -> tuple[np.ndarray, np.ndarray]:
-    lengths_B = np.array([len(row) for row in rows])
-    prompts_BT = np.full((len(rows), lengths_B.max()), PAD_ID, np.int32)
-    for prompt_T, row in zip(prompts_BT, rows, strict=True):
-        prompt_T[: len(row)] = row
-    return prompts_BT, lengths_B

@@ -28,7 +28,7 @@ from jaxllm.train.preferences import ask_reference
 from jaxllm.tree import Tree
 
 _FORMAT = 1  # raise it when the same teacher and the same rows would give other files
-INPUTS = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "mask_BT")
+INPUTS = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "parents_BT", "mask_BT")  # those that a row has
 
 
 class Question(NamedTuple):
@@ -131,6 +131,6 @@ def _answers(ask: Callable, rows: Sequence[Rows], batch_size: int, doing: str) -
     for some, first in shown:
         read = [some[row] for row in range(first, min(first + batch_size, len(some)))]
         filled = read + [some.blank()] * (batch_size - len(read))
-        said = ask({name: np.stack([row[name] for row in filled]) for name in INPUTS})
+        said = ask({name: np.stack([row[name] for row in filled]) for name in INPUTS if name in filled[0]})
         for line in range(len(read)):
             yield some.plan.pieces(first + line), {name: array[line] for name, array in said.items()}

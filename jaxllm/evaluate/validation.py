@@ -26,6 +26,8 @@ def validation(
     ``evaluate`` is what ``evaluator`` returned; a source is a function that returns its batches anew. Names begin with
     ``validation_`` and end with the source's name after a slash, where they are of one alone.
     """
+    if not sources:
+        return {}
     found = {name: evaluate(params, batches(), **frozen) for name, batches in sources.items()}
     num_bytes = {
         name: _over_processes(sum(num_target_bytes(batch, byte_lengths_V) for batch in batches()))

@@ -1,7 +1,7 @@
 """Attention of queries over keys behind one function: implementations take the same arguments, kernels join a table.
 
-A query sees a key of its own segment whose position is not later than its own and, in a local layer, less than a window
-before it. Softmax is in float32 whatever the operands are.
+A query sees a key of its own segment, or of the one that this continues, whose position is not later than its own and,
+in a local layer, less than a window before it. Softmax is in float32 whatever the operands are.
 """
 
 from functools import partial
@@ -17,13 +17,17 @@ LOWEST = jnp.finfo(jnp.float32).min
 
 
 class Visibility(NamedTuple):
-    """Which keys a query may see. ``window`` is a scalar or None (no limit); segments are None if there is only one."""
+    """Which keys a query may see. ``window`` is a scalar or None (no limit); segments are None if there is only one.
+
+    ``query_parents_BT`` names the segment that a query's own continues, or its own; None if none continues another.
+    """
 
     query_positions_BT: jax.Array
     key_positions_BS: jax.Array
     query_segments_BT: jax.Array | None = None
     key_segments_BS: jax.Array | None = None
     window: jax.Array | None = None
+    query_parents_BT: jax.Array | None = None
 
     def mask_BTS(self) -> jax.Array:
         """True where the query at T may see the key at S."""
@@ -32,7 +36,11 @@ class Visibility(NamedTuple):
         if self.window is not None:
             mask_BTS &= distance_BTS < self.window
         if self.query_segments_BT is not None:
-            mask_BTS &= _whole(self.query_segments_BT)[:, :, None] == _whole(self.key_segments_BS)[:, None, :]
+            key_segments_BS = _whole(self.key_segments_BS)
+            related_BTS = _whole(self.query_segments_BT)[:, :, None] == key_segments_BS[:, None, :]
+            if self.query_parents_BT is not None:
+                related_BTS |= _whole(self.query_parents_BT)[:, :, None] == key_segments_BS[:, None, :]
+            mask_BTS &= related_BTS
         return mask_BTS
 
 

@@ -72,6 +72,7 @@ class DecoderConfig:
     mlp_bias: bool
     tied_head: bool
     scalar_head: bool
+    critic: bool
     embedding_scale: float
     attention_scale: float
     attention_soft_cap: float
@@ -96,6 +97,8 @@ class DecoderConfig:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
         if self.unroll < 0:
             raise ValueError(f"model.unroll={self.unroll} must be at least 1, or 0 to unroll all layers")
+        if self.critic and not self.scalar_head:
+            raise ValueError("model.critic=True is what a scalar head stands on: set model.scalar_head=True too")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads={self.num_kv_heads}"

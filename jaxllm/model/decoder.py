@@ -17,6 +17,8 @@ from jaxllm.model.kinds import LayerKinds
 from jaxllm.model.layers import Block, Embedding, Projection, RMSNorm
 from jaxllm.tree import Tree
 
+TRUNK = ("embedding", "blocks", "final_norm")  # what hidden states come of
+PARTS = (*TRUNK, "head")
 REMATS = {
     "none": lambda block: block,
     "full": partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable),
@@ -30,9 +32,8 @@ class Model(NamedTuple):
     config: DecoderConfig
     init: Callable  # (key) -> params
     forward: Callable  # the same as hidden -> logits_BTV
-    hidden: (
-        Callable  # (params, tokens_BT, *, positions_BT, segments_BT, dropout_key, embedding_noise_BTD) -> hidden_BTD
-    )
+    # (params, tokens_BT, *, positions_BT, segments_BT, parents_BT, dropout_key, embedding_noise_BTD) -> hidden_BTD
+    hidden: Callable
     score: Callable  # (params, hidden_BTD, tokens_BT, *, temperature, mask_BT) -> (logp_BT, logz_BT, entropy_BT)
     cross_entropy: Callable  # (params, hidden_BTD, tokens_BT, weight_BT, *, z_coef) -> (loss, logp_BT)
     scalars: Callable  # (params, hidden_BTD) -> scalar_BT, of a model with a scalar head
@@ -72,10 +73,10 @@ def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
     """(pattern of a parameter's name, letters of its dimensions), which place it on the mesh.
 
     A dot is a dimension that stays whole whatever it is: vectors of the model's width are added to activations on every
-    device.
+    device. A critic's parameters lie as the policy's do.
     """
     all_heads = config.qk_norm == "all"
-    return (
+    rules = (
         (r"embedding/table", "vd"),
         (r"blocks/attention/query/kernel", "ldnh"),
         (r"blocks/attention/query/bias", "lnh"),
@@ -91,23 +92,28 @@ def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
         (r"blocks/mlp/down/bias", "l."),
         (r"blocks/(attention|mlp)_(pre|post)_norm/scale", "l."),
         (r"final_norm/scale", "."),
-        (r"head/kernel", "dv"),
         (r"scalar_head/kernel", "."),
         (r"scalar_head/bias", ""),
     )
+    return (*((f"(critic/)?{pattern}", letters) for pattern, letters in rules), (r"head/kernel", "dv"))
 
 
 def with_scalar_head(config: DecoderConfig, params: Tree) -> Tree:
-    """The parameters of a model without a scalar head as those of one with it, all zeros, where the config has it.
+    """The parameters of a model without a scalar head as those of one with it, all zeros, where the config has it: with
+    a critic on a copy of them.
 
     Raises ``ValueError`` where they have one and the config has not.
     """
-    if "scalar_head" in params and not config.scalar_head:
+    if ("scalar_head" in params and not config.scalar_head) or ("critic" in params and not config.critic):
         raise ValueError(
             "the parameters to start from have a scalar head (a reward or value model's), this run's model has none: "
-            "set model.scalar_head=True, or start from another run"
+            "set model.scalar_head=True (and model.critic, as there), or start from another run"
         )
-    return {"scalar_head": heads.empty_scalar_head(config)} | params if config.scalar_head else params
+    if not config.scalar_head or "critic" in params:
+        return params
+    if config.critic:
+        return params | {"critic": {name: params[name] for name in TRUNK} | _scalar_head(config)}
+    return _scalar_head(config) | params
 
 
 class _Functions(NamedTuple):
@@ -126,12 +132,21 @@ def _functions(create: Callable[[nnx.Rngs], nnx.Module]) -> _Functions:
 
 def _init(config: DecoderConfig, inits: dict[str, Callable], key: jax.Array) -> Tree:
     """Random parameters, float32; each part from its own key, so that adding a part changes no other."""
-    keys = {
-        name: jax.random.fold_in(key, index) for index, name in enumerate(("embedding", "blocks", "final_norm", "head"))
-    }
-    params = {name: init(keys[name]) for name, init in inits.items() if name != "blocks"}
-    params["blocks"] = jax.vmap(inits["blocks"])(jax.random.split(keys["blocks"], config.num_layers))
-    return params | ({"scalar_head": heads.empty_scalar_head(config)} if config.scalar_head else {})
+
+    def drawn(key: jax.Array, names: tuple[str, ...]) -> Tree:
+        keys = {name: jax.random.fold_in(key, index) for index, name in enumerate(PARTS)}
+        params = {name: inits[name](keys[name]) for name in names if name != "blocks"}
+        params["blocks"] = jax.vmap(inits["blocks"])(jax.random.split(keys["blocks"], config.num_layers))
+        return params
+
+    params = drawn(key, tuple(inits))
+    if config.critic:
+        return params | {"critic": drawn(jax.random.fold_in(key, len(PARTS)), TRUNK) | _scalar_head(config)}
+    return params | (_scalar_head(config) if config.scalar_head else {})
+
+
+def _scalar_head(config: DecoderConfig) -> Tree:
+    return {"scalar_head": heads.empty_scalar_head(config)}
 
 
 def _hidden(
@@ -142,21 +157,26 @@ def _hidden(
     *,
     positions_BT=None,
     segments_BT=None,
+    parents_BT=None,
     dropout_key=None,
     embedding_noise_BTD=None,
 ):
     """The final norm's output [B, T, D] for each position.
 
     ``positions_BT`` count from 0 in each document (0..T-1 unless told); ``segments_BT`` number the documents of a
-    packed row, and attention never crosses from one to another; ``dropout_key`` switches dropout on;
-    ``embedding_noise_BTD`` is added to the embeddings, times ``embedding_scale`` as they are.
+    packed row, and attention never crosses from one to another, except into a segment's parent: ``parents_BT`` give for
+    each position the segment that its own continues, such as a prompt of several answers, or its own;
+    ``dropout_key`` switches dropout on; ``embedding_noise_BTD`` is added to the embeddings, times ``embedding_scale``
+    as they are. Raises ``ValueError`` for parents without segments.
     """
+    if parents_BT is not None and segments_BT is None:
+        raise ValueError("parents_BT name segments, and segments_BT is not given: number the documents of each row")
     if positions_BT is None:
         positions_BT = jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None, :]
     x_BTD = apply["embedding"](params["embedding"], tokens_BT)
     if embedding_noise_BTD is not None:
         x_BTD += (config.embedding_scale * embedding_noise_BTD).astype(x_BTD.dtype)
-    visibility = Visibility(positions_BT, positions_BT, segments_BT, segments_BT)
+    visibility = Visibility(positions_BT, positions_BT, segments_BT, segments_BT, query_parents_BT=parents_BT)
     kinds = LayerKinds(config, positions_BT)
 
     @REMATS[config.remat]

@@ -13,7 +13,7 @@ from jaxllm.model import heads
 from jaxllm.model.attention import Visibility, rounded
 from jaxllm.model.config import DecoderConfig
 from jaxllm.model.kinds import LayerKinds
-from jaxllm.sharding import gathered, spec
+from jaxllm.sharding import gathered, place, spec
 from jaxllm.tree import Tree, map_named
 
 
@@ -29,11 +29,42 @@ def empty_cache(config: DecoderConfig, batch_size: int, length: int) -> Tree:
     return {"layers": layers, "length_B": jnp.zeros((batch_size,), jnp.int32, out_sharding=spec("b"))}
 
 
-def lengthened(cache: Tree, length: int) -> Tree:
-    """The cache with room for ``length`` positions, copied once."""
-    more = length - cache["layers"][0]["value"].shape[2]
-    layers = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), cache["layers"])
-    return cache | {"layers": layers}
+def resized(layers: Tree, rows_B: jax.Array | None, *, length: int) -> Tree:
+    """A cache's layers with these of their rows (all, unless told) and room for ``length`` positions, copied once."""
+
+    def copied(x_BKSH):
+        if rows_B is not None:
+            x_BKSH = x_BKSH.at[rows_B].get(out_sharding=spec("bksh"))
+        return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, length - x_BKSH.shape[2]), (0, 0)))
+
+    return jax.tree.map(copied, layers)
+
+
+def with_rows(layers: Tree, rows: Tree, sources_A: jax.Array, places_A: jax.Array, count: jax.Array) -> Tree:
+    """The cache's layers with row ``places_A[a]`` begun as row ``sources_A[a]`` of ``rows`` (as long or shorter), for
+    each a below ``count``.
+
+    In place where ``layers`` is donated, one row after the other: what it costs is what it copies.
+    """
+
+    def write(old_BKSH, new_PKTH, sources_A, places_A, count):
+        B, K, T, H = len(old_BKSH), *new_PKTH.shape[1:]
+        first = 0 if spec("b") is None else B * jax.lax.axis_index(spec("b")[0])
+
+        def copy(a, old_BKSH):
+            place, zero = places_A[a] - first, jnp.int32(0)
+            old_1KTH = jax.lax.dynamic_slice(old_BKSH, (place, zero, zero, zero), (1, K, T, H))
+            new_1KTH = jax.lax.dynamic_slice(new_PKTH, (sources_A[a], zero, zero, zero), (1, K, T, H))
+            # Each device writes its own rows, and for the others' what is there.
+            new_1KTH = jnp.where((0 <= place) & (place < B), new_1KTH, old_1KTH)
+            return jax.lax.dynamic_update_slice(old_BKSH, new_1KTH, (place, zero, zero, zero))
+
+        return jax.lax.fori_loop(0, count, copy, old_BKSH)
+
+    if spec("b") is not None:
+        rows = jax.tree.map(lambda x: place(x, ".ksh"), rows)
+        write = jax.shard_map(write, out_specs=spec("bksh"))
+    return jax.tree.map(lambda old, new: write(old, new, sources_A, places_A, count), layers, rows)
 
 
 def ready(config: DecoderConfig, params: Tree) -> Tree:

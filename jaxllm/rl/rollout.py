@@ -50,8 +50,9 @@ def on_policy(
     max_new_tokens: int,
     sampler: SamplerConfig,
     seed: int,
-) -> Callable[[Tree, Batch, int], Batch]:
-    """A function (params, batch, step) -> the batch, or at a ``fraction`` of the steps one of the model's own answers.
+) -> Callable[..., tuple[Batch, dict]]:
+    """A function (params, batch, step) -> (the batch, nothing to log); at a ``fraction`` of the steps the batch is one
+    of the model's own answers.
 
     Which steps, which prompts and what is sampled follow from the seed and the step, so that a resumed run repeats
     them (GKD, Agarwal et al. 2023, arXiv:2306.13649, algorithm 1). Prompts that leave no room for an answer are not
@@ -64,16 +65,16 @@ def on_policy(
             "raise data.sequence_length"
         )
 
-    def rollout(params: Tree, batch: Batch, step: int) -> Batch:
+    def rollout(params: Tree, batch: Batch, step: int, **frozen: Tree) -> tuple[Batch, dict]:
         draw = np.random.default_rng([seed, step])
         if draw.random() >= fraction:
-            return batch
+            return batch, {}
         chosen = [asked[number] for number in draw.integers(len(asked), size=batch_size)]
         key = jax.random.fold_in(jax.random.key(seed), step)
         how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
         completions = [answer.tokens for answer in answers(model, params, chosen, key, **how)]
         whole = rows(chosen, completions, length=length, micro_batches=micro_batches)
-        return {name: _share(array) for name, array in whole.items()}
+        return {name: _share(array) for name, array in whole.items()}, {}
 
     return rollout
 

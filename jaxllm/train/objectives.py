@@ -162,7 +162,7 @@ def _whole_distillation(model: Model, teacher: Model, config: ObjectiveConfig) -
 
 
 def hidden_states(model: Model, params: Tree, batch: Batch, neftune_alpha: float = 0.0) -> jax.Array:
-    """The model's hidden states of a batch, with the noise that its keys ask for."""
+    """The model's hidden states of a batch, with the noise that its keys ask for; ``parents_BT`` where it has them."""
     noise_key, segments_BT, noise_BTD = batch.get("noise_key"), batch["segments_BT"], None
     if noise_key is not None and neftune_alpha > 0:
         noise_BTD = embedding_noise(noise_key, segments_BT, width=model.config.width, alpha=neftune_alpha)
@@ -171,6 +171,7 @@ def hidden_states(model: Model, params: Tree, batch: Batch, neftune_alpha: float
         batch["tokens_BT"],
         positions_BT=batch["positions_BT"],
         segments_BT=segments_BT,
+        parents_BT=batch.get("parents_BT"),
         dropout_key=batch.get("dropout_key"),
         embedding_noise_BTD=noise_BTD,
     )

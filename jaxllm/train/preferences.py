@@ -1,8 +1,9 @@
 """Objectives of preferences: what a model learns from answers that people or judges compared.
 
-In a row the segments 2p - 1 and 2p are the two answers of pair p, each behind its prompt; an answer alone leaves the
-other number out. What does not depend on the parameters that are trained is made once for the whole batch, by
-``weighed_pairs``, ``weighed_scores`` and ``referred``: a weight per pair, and log-probabilities under the reference.
+In a row the segments 2p - 1 and 2p are the two answers of pair p, which begin with the last token of their prompt. What
+comes before that is read once, as segment -p, which both continue. An answer alone is segment 2p - 1, its whole prompt
+in it. What does not depend on the parameters that are trained is made once for the whole batch, by ``weighed_pairs``,
+``weighed_scores`` and ``referred``: a weight per pair, and log-probabilities under the reference.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jaxllm.model import Model
 from jaxllm.train.objectives import Batch, Objective, hidden_states
 from jaxllm.tree import Tree
 
-SHORTEST = 4  # no answer behind its prompt has fewer pairs of tokens: a row has room for T / SHORTEST pairs of answers
+SHORTEST = 4  # no prompt with its answers has fewer pairs of tokens: a row has room for T / SHORTEST of them
 
 
 class Loss(NamedTuple):

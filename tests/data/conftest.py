@@ -120,3 +120,36 @@ def chats(tmp_path):
         return config, prepare(config, tokenizer or byte_tokenizer(), directory=tmp_path / "cache")
 
     return chats
+
+
+def _answers_of(row):
+    places = {}
+    for place, number in enumerate(row["segments_BT"].tolist()):
+        if number:
+            places.setdefault(number, []).append(place)
+    prompts = {number for number in places if number < 0}
+    parents = {number: set(row["parents_BT"][own].tolist()) for number, own in places.items()}
+    continued = {number: prompt if (prompt := -((number + 1) // 2)) in prompts else number for number in places}
+    assert parents == {number: {number if number < 0 else continued[number]} for number in places}
+    assert not row["parents_BT"][row["segments_BT"] == 0].any()
+    assert all({-2 * number - 1, -2 * number} <= places.keys() for number in prompts), "a prompt of fewer than two"
+    found = {}
+    for number, own in places.items():
+        assert own == list(range(own[0], own[-1] + 1)), "a segment in two places"
+        if number < 0:
+            assert not any(row[name][own].any() for name in ("mask_BT", "score_BT", "margin_BT"))
+            continue
+        read = own if continued[number] == number else places[continued[number]] + own
+        assert row["positions_BT"][read].tolist() == list(range(len(read)))
+        inputs, targets = (row[name][read].tolist() for name in ("tokens_BT", "targets_BT"))
+        learned = row["targets_BT"][own][row["mask_BT"][own]].tolist()
+        found[number] = inputs, targets, learned, *(row[name][own].tolist() for name in ("score_BT", "margin_BT"))
+    return found
+
+
+@pytest.fixture
+def answers_of():
+    """A function: a row of preferences -> {segment of an answer: (inputs and targets, those of its prompt included,
+    supervised targets, scores, margins)}, in plain loops; it checks parents and positions.
+    """
+    return _answers_of

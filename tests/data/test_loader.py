@@ -483,22 +483,21 @@ def epoch_of(stores, config):
     return take(batches, batches.reports["a"]["rows"])
 
 
-def units_of(batches):
-    """Of every pair of segments: the text of the inputs, the supervised text, score and margin of each."""
-    return sorted(
-        tuple(_document(line, each) for each in (number, number + 1))
-        for batch in batches
-        for line in zip(*(array.reshape(-1, array.shape[-1]) for _, array in sorted(batch.items())), strict=True)
-        for number in range(1, line[4].max(initial=0) + 1, 2)
-    )
+def units_of(batches, answers_of):
+    """Of every pair of answers: the text of the inputs, the supervised text, score and margin of each."""
+    found = []
+    for batch in batches:
+        flat = {name: array.reshape(-1, array.shape[-1]) for name, array in batch.items()}
+        for line in range(len(flat["tokens_BT"])):
+            answers = answers_of({name: array[line] for name, array in flat.items()})
+            found += [tuple(map(_document, (answers[n], answers[n + 1]))) for n in sorted(answers)[::2]]
+    return sorted(found)
 
 
-def _document(line, number):
-    margins, mask, _, scores, segments, targets, tokens = line  # by name
-    real = segments == number
-    (score,), (margin,) = np.unique(scores[real]), np.unique(margins[real])
-    spoken = byte_tokenizer().decode(targets[real & mask].tolist())
-    return byte_tokenizer().decode(tokens[real].tolist()), spoken, float(score), float(margin)
+def _document(answer):
+    inputs, _, learned, scores, margins = answer
+    (score,), (margin,) = np.unique(scores), np.unique(margins)
+    return byte_tokenizer().decode(inputs), byte_tokenizer().decode(learned), float(score), float(margin)
 
 
 def expected_of(records):
@@ -516,11 +515,11 @@ def expected_of(records):
     )
 
 
-def test_an_epoch_holds_each_pair_once_and_the_end_of_an_answer_is_an_input(chats, random_preferences):
+def test_an_epoch_holds_each_pair_once_and_the_end_of_an_answer_is_an_input(chats, random_preferences, answers_of):
     records = random_preferences(60)
     config, stores = compared(chats, records, {"validation": 0.3})
-    trained = units_of(epoch_of(stores, config))
-    held_out = units_of(validation_batches(stores, config, **SHAPE))
+    trained = units_of(epoch_of(stores, config), answers_of)
+    held_out = units_of(validation_batches(stores, config, **SHAPE), answers_of)
     assert held_out and sorted(trained + held_out) == expected_of(records)
     asked, kept = ({unit[0][0].split("<|end|>")[0] for unit in side} for side in (trained, held_out))
     assert not asked & kept and len(asked) + len(kept) == 30
@@ -531,7 +530,7 @@ def test_a_batch_of_preferences_has_the_dtypes_of_the_contract_however_it_is_cut
     whole = next(train_batches(stores, config, **{**SHAPE, "micro_batches": 1}))
     assert {name: array.dtype for name, array in whole.items()} == {
         "tokens_BT": np.int32, "targets_BT": np.int32, "positions_BT": np.int32, "segments_BT": np.int32,
-        "mask_BT": bool, "score_BT": np.float32, "margin_BT": np.float32,
+        "parents_BT": np.int32, "mask_BT": bool, "score_BT": np.float32, "margin_BT": np.float32,
     }  # fmt: skip
     parts = next(train_batches(stores, config, **SHAPE))
     assert {array.shape for array in parts.values()} == {(2, 4, 150)}
@@ -541,10 +540,12 @@ def test_a_batch_of_preferences_has_the_dtypes_of_the_contract_however_it_is_cut
     assert blank.any() and not filled["score_BT"][blank].any() and not filled["margin_BT"][blank].any()
 
 
-def test_an_answer_alone_comes_with_its_verdict_beside_one_of_which_none_is_known(chats, random_preferences):
+def test_an_answer_alone_comes_with_its_verdict_beside_one_of_which_none_is_known(
+    chats, random_preferences, answers_of
+):
     records = random_preferences(40)
     config, stores = compared(chats, records, {"validation": 0.0}, answers="alone")
-    found = units_of(epoch_of(stores, config))
+    found = units_of(epoch_of(stores, config), answers_of)
     liked = {f"{record['chosen']}<|end|>": record["prompt"] for record in records}
     disliked = {f"{record['rejected']}<|end|>": record["prompt"] for record in records}
     prompts = liked | disliked
@@ -588,10 +589,10 @@ def test_preferences_that_all_are_too_long_are_refused(chats, random_preferences
         train_batches(stores, config, **SHAPE)
 
 
-def test_tasks_of_preferences_are_balanced(chats, random_preferences):
+def test_tasks_of_preferences_are_balanced(chats, random_preferences, answers_of):
     config, stores = compared(chats, random_preferences(80), {"validation": 0.0}, tag="task", balance=0.0)
     batches = train_batches(stores, config, **SHAPE)
     assert set(batches.reports) == {"a/maths", "a/prose"}
     assert sum(report["rows"] for report in batches.reports.values()) > 4
-    units = units_of(take(batches, 8))
+    units = units_of(take(batches, 8), answers_of)
     assert {unit for unit in units} <= set(expected_of(random_preferences(80)))

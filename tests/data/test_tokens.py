@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from jaxllm.data import tokens as tokens_module
+from jaxllm.data import units
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.sources import DocumentSource
 from jaxllm.data.tokens import open_store, prepare, training_texts
@@ -370,7 +371,9 @@ PREFERENCE = {"format": "preference"}
 
 
 def units_of(records):
-    """What the template makes of both conversations of each record, an end of document after each, and its numbers."""
+    """What the template makes of both conversations of each record, an end of document after each, the second without
+    what comes before its assistant's role, and the unit's numbers.
+    """
     found = []
     for record in records:
         asked = {"role": "user", "content": record["prompt"]}
@@ -379,18 +382,20 @@ def units_of(records):
             for name in ("chosen", "rejected")
         ]
         tokens, marks = [], []
-        for rendered in chat.render(pair, TOKENIZER):
+        shared = len(TOKENIZER.encode(record["prompt"])) + 3
+        for rendered, taken in zip(chat.render(pair, TOKENIZER), (0, shared), strict=True):
             tokens.append([*rendered.tokens.tolist(), EOS_ID])
-            marks += [*rendered.supervised.tolist(), False]
+            marks += [*rendered.supervised.tolist(), False][taken:]
         differ = next(place for place, (a, b) in enumerate(zip(*tokens, strict=False)) if a != b)
         numbers = (
+            shared,
             len(tokens[0]),
             differ,
             np.float32(record["margin"]),
             record["score_chosen"],
             record["score_rejected"],
         )
-        found.append((tokens[0] + tokens[1], marks, tuple(map(float, numbers))))
+        found.append((tokens[0] + tokens[1][shared:], marks, tuple(map(float, numbers))))
     return sorted(found)
 
 
@@ -399,7 +404,7 @@ def stored_units_of(*stores):
         (
             store.tokens[a:b].tolist(),
             store.supervised[a:b].tolist(),
-            tuple(map(float, (unit["second"], unit["differ"], unit["margin"], *unit["scores"]))),
+            tuple(map(float, (*unit.tolist()[:4], *unit["scores"]))),
         )
         for store in stores
         for a, b, unit in zip(store.offsets, store.offsets[1:], store.units, strict=False)
@@ -462,7 +467,23 @@ def test_every_option_that_decides_the_units_is_another_cache(chats, random_pref
 def test_a_tokenizer_may_learn_from_what_preferences_say(chats, random_preferences):
     config, stores = chats({"a": random_preferences(40)}, PREFERENCE)
     found = list(training_texts(config))
-    spelled = [TOKENIZER.decode(tokens) for tokens, _, _ in stored_units_of(stores["a"].train)]
+    spelled = []
+    for tokens, _, (shared, second, *_) in stored_units_of(stores["a"].train):
+        first, rest = tokens[: int(second)], tokens[int(second) :]
+        spelled.append(TOKENIZER.decode([*first, *first[: int(shared)], *rest]))
     assert sorted(text.replace("\n", "") for text in found) == sorted(
         re.sub(r"<\|\w+\|>", "", text).replace("\n", "") for text in spelled
     )
+
+
+def test_another_layout_of_units_is_another_cache_of_preferences_alone(chats, random_preferences, monkeypatch):
+    def fingerprints():
+        stores = [
+            chats({"a": random_preferences(50)}, {**PREFERENCE, "answers": each})[1] for each in ("paired", "chosen")
+        ]
+        return [store["a"].train.fingerprint for store in stores]
+
+    before = fingerprints()
+    monkeypatch.setattr(units, "FORMAT", units.FORMAT + 1)
+    after = fingerprints()
+    assert before[0] != after[0] and before[1] == after[1]

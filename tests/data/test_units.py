@@ -8,7 +8,7 @@ from jaxllm.data.preferences import Preference
 from jaxllm.data.units import ANSWERS, UNIT, Unit
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import EOS_ID
+from jaxllm.text.special_tokens import ASSISTANT, EOS_ID, SPECIAL_TOKENS
 from jaxllm.text.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -26,17 +26,38 @@ def document(prompt, answer):
     return chat.render([Conversation((*prompt.messages, *answer))], TOKENIZER, turns="last")[0]
 
 
-def test_a_unit_is_both_conversations_each_ended_and_only_the_last_answers_are_supervised():
+def test_a_unit_is_a_prompt_and_two_answers_each_ended_and_only_these_are_supervised():
     unit = Unit(PROMPT, said("good"), said("bad answer"), 2.5, (4.0, 1.0))
     (found,) = units.render([unit], TOKENIZER)
     first, second = document(PROMPT, unit.first), document(PROMPT, unit.second)
-    assert found.tokens.tolist() == [*first.tokens, EOS_ID, *second.tokens, EOS_ID]
-    assert found.supervised.tolist() == [*first.supervised, False, *second.supervised, False]
+    shared = len(chat.prompt(PROMPT, TOKENIZER)) - 1
+    assert found.tokens.tolist() == [*first.tokens, EOS_ID, *second.tokens[shared:], EOS_ID]
+    assert found.supervised.tolist() == [*first.supervised, False, *second.supervised[shared:], False]
+    assert found.tokens[shared] == found.tokens[len(first.tokens) + 1] == SPECIAL_TOKENS.index(ASSISTANT)
     assert found.tokens.dtype == np.int32 and found.supervised.dtype == bool
     spoken = TOKENIZER.decode(found.tokens[found.supervised].tolist())
     assert spoken == "good<|end|>bad answer<|end|>"
     number = np.array([found.numbers], UNIT)[0]
-    assert (number["second"], number["margin"], number["scores"].tolist()) == (len(first.tokens) + 1, 2.5, [4.0, 1.0])
+    assert (number["shared"], number["second"]) == (shared, len(first.tokens) + 1)
+    assert (number["margin"], number["scores"].tolist()) == (2.5, [4.0, 1.0])
+
+
+def test_answers_of_several_turns_share_what_they_have_in_common_before_either_is_supervised():
+    """Up to where they differ, whether that is in a turn of the user's or in what the assistant says at last."""
+    turns = [*said("first"), {"role": "user", "content": "more"}]
+    other = [*said("first"), {"role": "user", "content": "mole"}]
+    long, short = (*turns, *said("y")), said("first")
+    for first, second, last in (
+        (long, (*turns, *said("z")), ASSISTANT), (long, (*other, *said("y")), "o"),
+        (long, short, ASSISTANT), (short, long, ASSISTANT),
+    ):  # fmt: skip
+        (found,) = units.render([Unit(OTHER, first, second)], TOKENIZER)
+        a, b = (document(OTHER, answer) for answer in (first, second))
+        shared = found.numbers[0]
+        assert found.tokens.tolist() == [*a.tokens, EOS_ID, *b.tokens[shared:], EOS_ID]
+        assert np.array_equal(a.tokens[: shared + 1], b.tokens[: shared + 1])
+        assert not a.supervised[: shared + 1].any() and not b.supervised[: shared + 1].any()
+        assert TOKENIZER.decode([int(a.tokens[shared])]) == last
 
 
 @pytest.mark.parametrize(
@@ -46,14 +67,15 @@ def test_where_two_documents_first_differ(first, second):
     (found,) = units.render([Unit(PROMPT, said(first), said(second))], TOKENIZER)
     a, b = ([*document(PROMPT, said(text)).tokens, EOS_ID] for text in (first, second))
     expected = next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
-    assert found.numbers[1] == expected
+    assert found.numbers[2] == expected
 
 
 def test_a_lone_document_has_no_second():
     lone, pair = Unit(PROMPT, said("good"), scores=(1.0, math.nan)), Unit(PROMPT, said("b"), said("c"))
     found, after = units.render([lone, pair], TOKENIZER)
-    assert found.numbers[0] == len(found.tokens) == len(document(PROMPT, lone.first).tokens) + 1
-    assert after.numbers[0] == len(document(PROMPT, pair.first).tokens) + 1 < len(after.tokens)
+    assert found.numbers[:3] == (0, len(found.tokens), 0)
+    assert len(found.tokens) == len(document(PROMPT, lone.first).tokens) + 1
+    assert after.numbers[1] == len(document(PROMPT, pair.first).tokens) + 1 < len(after.tokens)
 
 
 def test_paired_answers_are_a_unit_and_one_that_is_known_alone_comes_first():
@@ -79,4 +101,6 @@ def test_a_mismatched_answer_lies_beside_and_is_not_compared():
     unit = units.mismatched(Unit(PROMPT, said("yes"), scores=(1.0, math.nan)), Unit(OTHER, said("yes"), said("no")))
     assert (unit.prompt, unit.first, unit.second) == (PROMPT, said("yes"), said("yes"))
     (found,) = units.render([unit], TOKENIZER)
-    assert found.numbers[1] == 0 and found.numbers[0] * 2 == len(found.tokens)
+    shared, second, differ, *_ = found.numbers
+    assert differ == 0 and shared == len(chat.prompt(PROMPT, TOKENIZER)) - 1
+    assert np.array_equal(found.tokens[shared:second], found.tokens[second:])

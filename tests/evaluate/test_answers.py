@@ -61,20 +61,12 @@ def test_an_answer_ends_with_the_end_of_the_turn_or_of_the_document(loud, found,
     assert cut != found
 
 
-def test_batches_are_of_one_size_and_hold_prompts_of_similar_lengths(loud, monkeypatch):
-    shapes = []
-
-    def recorded(model, params, prompts_BT, lengths_B, key, **how):
-        shapes.append((len(prompts_BT), sorted(lengths_B.tolist())))
-        return generate(model, params, prompts_BT, lengths_B, key, **how)
-
-    generate = module.generate
-    monkeypatch.setattr(module, "generate", recorded)
-    answers(*loud, PROMPTS, jax.random.key(0), **HOW)
-    assert shapes == [(3, [6, 8, 10]), (3, [3, 4, 5]), (3, [2, 2, 2])]
-    shapes.clear()
-    answers(*loud, PROMPTS[:2], jax.random.key(0), **HOW)
-    assert shapes == [(2, [4, 10])]
+def test_the_longest_prompts_are_asked_first(loud, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "completions", lambda model, params, queue, key, **how: asked.extend(queue) or ())
+    assert list(answered(*loud, PROMPTS, jax.random.key(0), **HOW, known={1})) == []
+    assert [len(request.prompt) for request in asked] == [8, 6, 5, 4, 3, 2]
+    assert all(request.prompt == PROMPTS[request.number] for request in asked)
 
 
 def test_interrupted_work_continues_as_if_it_had_not_been(loud):
@@ -82,16 +74,17 @@ def test_interrupted_work_continues_as_if_it_had_not_been(loud):
     whole = list(answered(*loud, PROMPTS, jax.random.key(7), **sampled))
     assert sorted(number for number, _ in whole) == list(range(7))
     known = {number for number, _ in whole[:4]}
-    assert list(answered(*loud, PROMPTS, jax.random.key(7), **sampled, known=known)) == whole[4:]
+    rest = dict(answered(*loud, PROMPTS, jax.random.key(7), **sampled, known=known))
+    assert rest == dict(whole[4:])
     assert list(answered(*loud, PROMPTS, jax.random.key(7), **sampled, known=set(range(7)))) == []
 
 
-def test_batches_do_not_share_their_randomness_and_the_key_decides_it(loud):
+def test_answers_differ_by_number_and_key_and_not_by_batch_size(loud):
     soft = jax.tree.map(lambda x: x / 3, loud[1])
     ask = functools.partial(answers, loud[0], soft, [PROMPTS[0]] * 4, max_new_tokens=6, sampler=SamplerConfig())
     first = ask(jax.random.key(0), batch_size=2)
     assert len({tuple(answer.tokens) for answer in first}) == 4
-    assert ask(jax.random.key(0), batch_size=2) == first != ask(jax.random.key(1), batch_size=2)
+    assert ask(jax.random.key(0), batch_size=3) == first != ask(jax.random.key(1), batch_size=2)
 
 
 def test_rows_are_read_from_ids_up_to_the_stop_token():

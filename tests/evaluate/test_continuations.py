@@ -6,7 +6,7 @@ import pytest
 from jaxllm.evaluate import answers
 from jaxllm.evaluate.answers import STOP_IDS
 from jaxllm.evaluate.continuations import continuations
-from jaxllm.generate import SamplerConfig
+from jaxllm.generate import Completion, SamplerConfig
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID
 from jaxllm.text.tokenizer import byte_tokenizer
 
@@ -87,12 +87,9 @@ def test_every_token_asked_for_is_decoded_together(loud):
     model, params = loud
     tokens_BT = np.array([byte_tokenizer().encode("é☃")])
 
-    class Done:
-        mask_BT = np.ones_like(tokens_BT, bool)
-
-    Done.tokens_BT = tokens_BT
+    done = Completion(0, tokens_BT[0], np.zeros(tokens_BT.shape[1]), False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "generate", lambda *_, **__: Done)
+        patch.setattr(answers, "completions", lambda *_, **__: [done])
         texts = continuations(
             model, params, byte_tokenizer(), ["x"], jax.random.key(0), max_new_tokens=5, sampler=GREEDY
         )

@@ -14,7 +14,8 @@ from jaxllm.data import columns, loader
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.tokens import prepare
 from jaxllm.evaluate import teaching
-from jaxllm.model import parameter_rules
+from jaxllm.model import build, parameter_rules
+from jaxllm.run_config import run_config
 from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.text.tokenizer import byte_tokenizer
 from jaxllm.train.objectives import ObjectiveConfig, distillation, likeliest, stored_distillation
@@ -109,7 +110,8 @@ def test_every_batch_holds_what_the_teacher_says_of_it(data, teacher, stores):
     read = [next(train) for _ in range(4)]
     held_out = [batch for each in loader.validation_by_source(stores, config, **SHAPE).values() for batch in each]
     for batch in read + held_out:
-        said, real = say({name: batch[name] for name in teaching.INPUTS}), batch["segments_BT"] > 0
+        said = say({name: batch[name] for name in teaching.INPUTS if name in batch})
+        real = batch["segments_BT"] > 0
         assert batch["teacher_ids_BTK"].shape == (2, 4, LENGTH, K) and np.any(real)
         np.testing.assert_array_equal(batch["teacher_ids_BTK"][real], said["teacher_ids_BTK"][real])
         np.testing.assert_allclose(batch["teacher_logp_BTJ"][real], said["teacher_logp_BTJ"][real], rtol=2**-10)
@@ -118,6 +120,40 @@ def test_every_batch_holds_what_the_teacher_says_of_it(data, teacher, stores):
     again.set_state({"next_batch": 2})
     for batch, same in zip(read[2:], again, strict=False):
         jax.tree.map(np.testing.assert_array_equal, batch, same)
+
+
+def test_a_reference_is_asked_of_each_answer_behind_its_prompt(teacher, tmp_path):
+    """In float64, document by document and unpacked; its prompt, read once, has what the first of them says of it."""
+    model, params = teacher
+    records = [
+        {"prompt": sentence(index, 5), "chosen": sentence(index, 9), "rejected": sentence(index, 9) + "."}
+        for index in range(6)
+    ]
+    records.append({"prompt": "alone", "completion": "liked", "label": True})
+    files = {"pairs": records[:-1], "thumbs": records[-1:]}
+    how = dict(format="preference", packing="best_fit_whole")
+    sources = {name: SourceConfig(write(tmp_path / f"{name}.jsonl", some), **how) for name, some in files.items()}
+    config = DataConfig(sources=sources, sequence_length=2 * LENGTH, validation=0.0)
+    plain = prepare(config, byte_tokenizer(), directory=tmp_path)
+    how = dict(identity="reference", data=config, directory=tmp_path, batch_size=3)
+    found = teaching.referred(plain, model, lambda _: params, **how)
+    forward = jax.jit(lambda tokens_BT: model.forward(params, tokens_BT))
+    asked = 0
+    for split in found.values():
+        store = split.train
+        for start, end, unit in zip(store.offsets, store.offsets[1:], store.units, strict=False):
+            first, rest = store.tokens[start : start + unit["second"]], store.tokens[start + unit["second"] : end]
+            logp = [np.zeros(0)]
+            for ids, skipped in ((first, 0), (np.concatenate([first[: unit["shared"]], rest]), unit["shared"])):
+                if len(ids):
+                    logits = np.float64(forward(np.pad(np.int32(ids), (0, 2 * LENGTH - len(ids)))[None]))[0]
+                    every = np.log(np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True))
+                    logp.append(np.append(every[np.arange(len(ids) - 1), ids[1:]], 0.0)[skipped:])
+            learned = np.append(store.supervised[start + 1 : end], False)
+            expected = np.where(learned, np.concatenate(logp), 0.0)
+            np.testing.assert_allclose(store.columns["ref_logp_BT"][start:end][learned], expected[learned], atol=1e-4)
+            asked += learned.sum()
+    assert asked == sum(split.train.supervised.sum() for split in plain.values()) > 50
 
 
 def test_a_batch_without_a_teacher_is_what_it_was(data, stores):
@@ -316,7 +352,7 @@ def values(data, tmp_path_factory):
 def save_teacher(values, seed):
     directory = workdir.open(values["teacher"], values)
     byte_tokenizer().save(directory / "tokenizer")
-    model = stages.build(stages.run_config(values).model.with_vocabulary(V))
+    model = build(run_config(values).model.with_vocabulary(V))
     with checkpoint.open(directory / "checkpoints") as checkpoints:
         params = jax.jit(model.init)(jax.random.key(seed))
         checkpoints.save(seed, {"params": params}, position=None, meta={})
@@ -324,7 +360,7 @@ def save_teacher(values, seed):
 
 def test_the_stage_reads_the_teacher_from_the_batches_alone_and_a_new_checkpoint_is_a_new_teacher(values, tmp_path):
     save_teacher(values, 1)
-    config = stages.run_config(values)
+    config = run_config(values)
     first, again = (stages.distill(config, tmp_path) for _ in range(2))
     assert not first.frozen and not first.rollout and first.batches.fingerprint == again.batches.fingerprint
     validation = first.validation["main"]

@@ -12,6 +12,12 @@ from jaxllm.sharding import parameter_shardings, place, spec
 B, T, N, K, H = 2, 6, 4, 2, 3
 POSITIONS_BT = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
 SEGMENTS_BT = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]])
+# Row 0: a prompt of two tokens that two answers continue. Row 1: an answer to a prompt that lies behind it.
+PARENTS = dict(
+    positions=np.array([[0, 1, 2, 3, 2, 3], [2, 3, 0, 1, 2, 0]]),
+    segments=np.array([[-1, -1, 1, 1, 2, 2], [5, 5, 4, 4, 4, 0]]),
+    parents=np.array([[-1, -1, -1, -1, -1, -1], [4, 4, 4, 4, 4, 0]]),
+)
 CASES = {
     "plain": {},
     "one segment": dict(segments=None, positions=np.tile(np.arange(T), (B, 1))),
@@ -19,6 +25,8 @@ CASES = {
     "scale": dict(scale=0.17),
     "soft cap": dict(soft_cap=0.8),
     "all": dict(window=2, scale=1.9, soft_cap=1.3),
+    "parents": PARENTS,
+    "parents in a window": PARENTS | dict(window=3),
 }
 
 
@@ -30,19 +38,18 @@ def arrays():
 
 
 def oracle(
-    q_BTNH, k_BTKH, v_BTKH, *, positions=POSITIONS_BT, segments=SEGMENTS_BT, window=None, scale=0.5, soft_cap=0.0
-):
+    q_BTNH, k_BTKH, v_BTKH, *, positions=POSITIONS_BT, segments=SEGMENTS_BT, parents=None, window=None, scale=0.5,
+    soft_cap=0.0,
+):  # fmt: skip
     """The definition, one query head and position at a time, in float64."""
     out_BTNH = np.zeros_like(q_BTNH)
     for b, t, n in np.ndindex(B, T, N):
         kv_head, scores = n * K // N, {}
         for s in range(T):
             distance = positions[b, t] - positions[b, s]
-            if (
-                distance < 0
-                or (window and distance >= window)
-                or (segments is not None and segments[b, t] != segments[b, s])
-            ):
+            own = segments is None or segments[b, t] == segments[b, s]
+            continued = parents is not None and parents[b, t] == segments[b, s]
+            if distance < 0 or (window and distance >= window) or not (own or continued):
                 continue
             scores[s] = scale * q_BTNH[b, t, n] @ k_BTKH[b, s, kv_head]
             if soft_cap:
@@ -52,10 +59,11 @@ def oracle(
     return out_BTNH
 
 
-def visible(positions=POSITIONS_BT, segments=SEGMENTS_BT, window=None, **_):
-    positions = jnp.asarray(positions)
-    segments = None if segments is None else jnp.asarray(segments)
-    return Visibility(positions, positions, segments, segments, None if window is None else jnp.int32(window))
+def visible(positions=POSITIONS_BT, segments=SEGMENTS_BT, parents=None, window=None, **_):
+    positions, segments, parents, window = (
+        None if x is None else jnp.asarray(x, jnp.int32) for x in (positions, segments, parents, window)
+    )
+    return Visibility(positions, positions, segments, segments, window, parents)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "scale", "soft_cap", "operand_dtype"))
@@ -115,6 +123,7 @@ def test_a_single_query_sees_what_the_last_of_many_sees(name, length):
         key_positions_BS=jnp.pad(seen.key_positions_BS, ((0, 0), (0, length - T)), constant_values=99),
         query_segments_BT=None if segments is None else segments[:, -1:],
         key_segments_BS=None if segments is None else jnp.pad(segments, ((0, 0), (0, length - T))),
+        query_parents_BT=None if seen.query_parents_BT is None else seen.query_parents_BT[:, -1:],
     )
     how = dict(scale=CASES[name].get("scale", 0.5), soft_cap=CASES[name].get("soft_cap", 0.0), operand_dtype="float32")
     found = jax.jit(lambda q, k, v: attend(q, k, v, last, implementation="einsum", **how))(q[:, -1:], k, v)
@@ -170,7 +179,8 @@ def test_a_soft_cap_is_refused_where_it_would_be_ignored():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)], ids=str)
 def test_a_mesh_changes_no_number(implementation, shape, make_mesh):
-    expected = ours(implementation, CASES["window"])
+    case = CASES["parents in a window"]
+    expected = ours(implementation, case)
     on = make_mesh(*shape)
 
     def put(x, letters):
@@ -180,8 +190,8 @@ def test_a_mesh_changes_no_number(implementation, shape, make_mesh):
         q, k, v, ct = (
             put(np.float32(x), letters) for x, letters in zip(arrays(), ("btnh", "bskh", "bskh", "btnh"), strict=True)
         )
-        positions, segments = put(POSITIONS_BT, "bt"), put(SEGMENTS_BT, "bt")
-        visibility = Visibility(positions, positions, segments, segments, jnp.int32(2))
+        positions, segments, parents = (put(case[name], "bt") for name in ("positions", "segments", "parents"))
+        visibility = Visibility(positions, positions, segments, segments, jnp.int32(3), parents)
         found = forward_and_back(q, k, v, ct, visibility, implementation=implementation)
     for ours_, same, array in zip(found, expected, (q, q, k, v), strict=True):
         np.testing.assert_allclose(ours_, np.tile(same, (4, 1, 1, 1)), atol=1e-5)

@@ -197,6 +197,118 @@ def test_packed_documents_are_as_if_alone_and_never_see_each_other(tiny, built, 
     assert np.all(np.abs(changed[:, :4] - packed[:, :4]).max(axis=2) > 1e-3)
 
 
+# ---- a prompt that is read once ----
+
+PROMPT, ANSWERS, NEIGHBOUR = [5, 17, 8, 30], [[3, 21], [12]], [9, 4, 33]
+SHARED = [  # tokens, position of the first, segment, parent: an answer begins with the last token of its prompt
+    (PROMPT[:-1], 0, -1, -1), (PROMPT[-1:] + ANSWERS[0], 3, 1, -1), (PROMPT[-1:] + ANSWERS[1], 3, 2, -1),
+    (NEIGHBOUR, 0, 3, 3), ([0], 0, 0, 0),
+]  # fmt: skip
+PLACES = {"first": slice(3, 6), "second": slice(6, 8), "neighbour": slice(8, 11)}
+
+
+def shared_row(pieces=SHARED):
+    """(tokens_BT, what else the model is told), of rows that are this one."""
+    columns = [[] for _ in range(4)]
+    for tokens, first, segment, parent in pieces:
+        n = len(tokens)
+        numbers = tokens, range(first, first + n), [segment] * n, [parent] * n
+        for column, each in zip(columns, numbers, strict=True):
+            column.extend(each)
+    tokens_BT, *told = (np.tile(np.array(column, np.int32), (4, 1)) for column in columns)
+    return tokens_BT, dict(zip(("positions_BT", "segments_BT", "parents_BT"), told, strict=True))
+
+
+def apart_rows():
+    """The two answers each behind its whole prompt, in the places that they have in the shared row."""
+    ids_BT = np.zeros((4, 11), np.int32)
+    for row, answer in zip(ids_BT, ANSWERS * 2, strict=True):
+        row[: len(PROMPT + answer)] = PROMPT + answer
+    return ids_BT
+
+
+def scored(config, params, tokens_BT, places_BT, **told):
+    """((a sum of the logits at some places, logits_BTV), gradient)."""
+    cosines_V = jnp.cos(jnp.arange(config.vocab_size, dtype=jnp.float32))
+
+    def score(params):
+        logits_BTV = build(config).forward(params, tokens_BT, **told)
+        return jnp.sum(jnp.where(places_BT[:, :, None], logits_BTV, 0.0) * cosines_V[None, None]), logits_BTV
+
+    return jax.value_and_grad(score, has_aux=True)(params)
+
+
+@functools.cache
+def shared_scores(config, built):
+    """``scored`` of the answers in the shared row, of which there are four."""
+    tokens_BT, told = shared_row()
+    places_BT = np.isin(told["segments_BT"], (1, 2))
+    return jax.jit(functools.partial(scored, config))(built(config)[1], tokens_BT, places_BT, **told)
+
+
+def same_gradients(found, expected):
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5 * largest), found, expected)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_a_prompt_read_once_is_a_prompt_read_before_each_answer(tiny, built, attention):
+    config = tiny(attention=attention, layer_pattern=("local", "global"), sliding_window=3)
+    (_, logits_BTV), gradient = shared_scores(config, built)
+    places_BT = (np.arange(11) >= 3) & (np.arange(11) < 3 + np.array([[3], [2]] * 2))
+    both = jax.jit(functools.partial(scored, config))
+    (_, alone_BTV), alone_gradient = both(built(config)[1], apart_rows(), places_BT)
+    np.testing.assert_allclose(logits_BTV[0, PLACES["first"]], alone_BTV[0, 3:6], atol=1e-5)
+    np.testing.assert_allclose(logits_BTV[0, PLACES["second"]], alone_BTV[1, 3:5], atol=1e-5)
+    # Four rows hold both answers, or two rows each of them.
+    same_gradients(gradient, jax.tree.map(lambda x: 2 * x, alone_gradient))
+
+
+def test_a_mesh_shares_prompts_too(tiny, built, mesh):
+    config = tiny(layer_pattern=("local", "global"), sliding_window=3)
+    params = built(config)[1]
+    tokens_BT, told = shared_row()
+    where = sharding.parameter_shardings(parameter_rules(config), params, mesh)
+    given = sharding.global_batch({name: x[None] for name, x in (told | {"tokens_BT": tokens_BT}).items()}, mesh)
+    given = {name: x[0] for name, x in given.items()}
+    given["places_BT"] = np.isin(told["segments_BT"], (1, 2))
+    found = jax.jit(functools.partial(scored, config))(jax.device_put(params, where), **given)
+    (value, logits_BTV), gradient = shared_scores(config, built)
+    np.testing.assert_allclose(found[0][0], value, rtol=1e-5)
+    np.testing.assert_allclose(found[0][1], logits_BTV, atol=1e-5)
+    same_gradients(found[1], gradient)
+
+
+def test_only_its_own_answers_see_a_shared_prompt(tiny, built):
+    config = tiny()
+    _, params = built(config)
+
+    def logits(piece=None, token=None):
+        pieces = [(tokens if i != piece else [token] * len(tokens), *rest) for i, (tokens, *rest) in enumerate(SHARED)]
+        tokens_BT, told = shared_row(pieces)
+        return np.asarray(compiled(config)(params, tokens_BT, **told))[0]
+
+    before = logits()
+    for piece, sees in ((0, {"first", "second"}), (1, {"first"}), (2, {"second"}), (3, {"neighbour"}), (4, set())):
+        change = np.abs(logits(piece, 7) - before)
+        for name, place in PLACES.items():
+            assert (change[place].max() > 1e-3) if name in sees else not change[place].any(), (piece, name)
+        assert piece == 0 or not change[:3].any()
+
+
+def test_a_segment_that_is_its_own_parent_has_none(tiny, built):
+    config = tiny(layer_pattern=("local", "nope"), sliding_window=3)
+    _, params = built(config)
+    own = compiled(config)(params, TOKENS_BT, **PACKED, parents_BT=SEGMENTS_BT)
+    np.testing.assert_allclose(own, compiled(config)(params, TOKENS_BT, **PACKED), atol=1e-6)
+
+
+def test_parents_without_segments_are_refused(tiny, built):
+    model, params = built(tiny())
+    with pytest.raises(ValueError, match="parents_BT name segments, and segments_BT is not given"):
+        model.hidden(params, TOKENS_BT, parents_BT=SEGMENTS_BT)
+
+
 def test_positions_are_counted_from_zero_unless_told(tiny, built):
     config = tiny()
     _, params = built(config)
@@ -350,7 +462,8 @@ def test_a_published_model_has_its_published_number_of_parameters_and_one_rule_f
 
 def test_every_rule_is_some_parameters_and_every_parameter_has_one(tiny):
     used = set()
-    everything = dict(qkv_bias=True, output_bias=True, mlp_bias=True, post_norm=True, tied_head=False, scalar_head=True)
+    everything = dict(qkv_bias=True, output_bias=True, mlp_bias=True, post_norm=True, tied_head=False)
+    everything |= dict(scalar_head=True, critic=True)
     for qk_norm in ("none", "head", "all"):
         config = tiny(qk_norm=qk_norm, **everything)
         rules = parameter_rules(config)
@@ -428,7 +541,7 @@ CHANGES = dict(
     vocab_size=42, num_layers=3, width=18, mlp_width=26, num_heads=2, num_kv_heads=1, head_width=8, activation="gelu",
     norm_eps=1e-4, norm_offset=1.0, pre_norm=False, post_norm=False, qk_norm="all", qkv_bias=False, output_bias=True,
     mlp_bias=True,
-    tied_head=False, scalar_head=True, embedding_scale=2.0, attention_scale=0.5, attention_soft_cap=3.0,
+    tied_head=False, scalar_head=True, critic=True, embedding_scale=2.0, attention_scale=0.5, attention_soft_cap=3.0,
     logit_soft_cap=3.0,
     layer_pattern=("global", "local"), sliding_window=3, dropout=0.2, activation_dtype="bfloat16",
     operand_dtype="bfloat16",
@@ -464,7 +577,8 @@ def base_program(tiny):
 
 @pytest.mark.parametrize("field", CHANGES)
 def test_every_field_of_the_model_changes_its_program(tiny, base_program, field):
-    assert program(tiny(**(BASE | {field: CHANGES[field]}), rope=ROPE)) != base_program
+    needed = {"scalar_head": True} if field == "critic" else {}
+    assert program(tiny(**(BASE | needed | {field: CHANGES[field]}), rope=ROPE)) != base_program
 
 
 @pytest.mark.parametrize("field", ROPE_CHANGES)

@@ -92,10 +92,60 @@ def test_a_lengthened_cache_continues_as_a_long_one(tiny, built):
     model, params = built(tiny())
     _, long = jax.jit(model.extend)(params, model.cache(4, 150), TOKENS[:, :8], LENGTHS)
     _, short = jax.jit(model.extend)(params, model.cache(4, 8), TOKENS[:, :8], LENGTHS)
-    short = decoding.lengthened(short, 150)
+    short = short | {"layers": decoding.resized(short["layers"], None, length=150)}
     assert jax.tree.map(jnp.shape, short) == jax.tree.map(jnp.shape, long)
     expected, _ = jax.jit(model.decode)(params, long, TOKENS[:, 9])
     np.testing.assert_allclose(jax.jit(model.decode)(params, short, TOKENS[:, 9])[0], expected, atol=1e-5)
+
+
+def drawn_layers(model, rows, length, seed):
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: draw.normal(size=x.shape).astype(np.float32), jax.eval_shape(lambda: model.cache(rows, length))
+    )["layers"]
+
+
+def with_rows_one_by_one(layers, rows, moves):
+    layers = jax.tree.map(np.copy, layers)
+    for old, new in zip(jax.tree.leaves(layers), jax.tree.leaves(rows), strict=True):
+        for source, slot in moves:
+            old[slot, :, : new.shape[2]] = new[source]
+    return layers
+
+
+def test_rows_are_copied_to_their_places_and_nothing_else_changes_on_every_mesh(tiny, built, mesh):
+    model, _ = built(tiny())
+    layers, rows = drawn_layers(model, 8, 10, 0), drawn_layers(model, 4, 6, 1)
+    sources_A, places_A = np.array([2, 0, 2, 1, 3, 3]), np.array([7, 0, 3, 4, 1, 1])
+
+    def copied(layers, rows, sources_A, places_A, count):
+        layers, rows = (jax.tree.map(lambda x: sharding.place(x, "bksh"), tree) for tree in (layers, rows))
+        return decoding.with_rows(layers, rows, sources_A, places_A, count)
+
+    expected = with_rows_one_by_one(layers, rows, [(2, 7), (0, 0), (2, 3), (1, 4)])
+    jax.tree.map(np.testing.assert_array_equal, jax.jit(copied)(layers, rows, sources_A, places_A, 4), expected)
+    with jax.set_mesh(jax.make_mesh((), ())):
+        bare = jax.jit(decoding.with_rows)(layers, rows, sources_A, places_A, 4)
+    jax.tree.map(np.testing.assert_array_equal, bare, expected)
+
+
+def test_a_resized_cache_has_the_rows_that_were_asked_for_and_room(tiny, built, mesh):
+    model, _ = built(tiny())
+    layers, rows_B = drawn_layers(model, 8, 5, 0), np.array([6, 1, 1, 0])
+    resized = jax.jit(
+        lambda x: decoding.resized(jax.tree.map(lambda x: sharding.place(x, "bksh"), x), rows_B, length=9)
+    )
+    for old, new in zip(jax.tree.leaves(layers), jax.tree.leaves(resized(layers)), strict=True):
+        np.testing.assert_array_equal(new[:, :, :5], old[rows_B])
+        assert new.shape[2] == 9 and not new[:, :, 5:].any()
+
+
+def test_rows_are_copied_in_place(tiny, built):
+    model, _ = built(tiny())
+    layers, rows = drawn_layers(model, 64, 32, 0), drawn_layers(model, 2, 8, 1)
+    move_A = np.zeros(64, np.int32)
+    compiled = jax.jit(decoding.with_rows, donate_argnums=0).lower(layers, rows, move_A, move_A, 3).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * sum(x.nbytes for x in jax.tree.leaves(layers))
 
 
 def test_ready_parameters_decode_as_the_parameters_do_and_stay_ready(tiny, built):

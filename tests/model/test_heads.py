@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxllm.losses import token_logprobs
-from jaxllm.model import heads, with_scalar_head
+from jaxllm.model import build, heads, with_scalar_head
 
 HIDDEN_BTD = np.random.default_rng(0).normal(size=(2, 3, 16)).astype("f")
 TOKENS_BT = np.random.default_rng(1).integers(0, 40, (2, 3))
@@ -49,6 +49,23 @@ def test_a_scalar_head_starts_at_zero_and_is_a_float32_sum(tiny, built):
         expected = np.float64(hidden_BTD) @ np.float64(own["kernel"]) + own["bias"]
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_critic_is_a_copy_of_the_policy_under_a_scalar_head_of_its_own(tiny, built):
+    plain, critic = tiny(tied_head=False), tiny(tied_head=False, scalar_head=True, critic=True)
+    params = built(plain)[1]
+    completed = with_scalar_head(critic, params)
+    assert completed["critic"]["blocks"] is params["blocks"] and not np.any(
+        completed["critic"]["scalar_head"]["kernel"]
+    )
+    drawn = jax.eval_shape(build(critic).init, jax.random.key(0))
+    assert jax.tree.map(np.shape, completed) == jax.tree.map(np.shape, drawn)
+    assert {name: x for name, x in completed.items() if name != "critic"} == params
+    assert with_scalar_head(critic, completed) is completed
+    with pytest.raises(ValueError, match="have a scalar head .*and model.critic, as there"):
+        with_scalar_head(plain, completed)
+    with pytest.raises(ValueError, match="model.critic=True is what a scalar head stands on"):
+        tiny(critic=True)
 
 
 def test_only_a_model_with_a_scalar_head_takes_parameters_with_one(tiny, built):

@@ -43,22 +43,30 @@ def documents(seed=0, vocab=40):
 
 
 def batch_of(rows, M=1, length=T, swapped=False):
-    """The rows as the loader gives them; an answer's last token, behind its end, is no target."""
-    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
+    """The rows as the loader gives them: of two answers the prompt is there once, without its last token, with which
+    both begin; an answer's last token, behind its end, is no target.
+    """
+    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT", "parents_BT")
     batch = {name: np.zeros((len(rows), length), np.int32) for name in names}
     batch["mask_BT"] = np.zeros((len(rows), length), bool)
     batch |= {name: np.zeros((len(rows), length), np.float32) for name in ("score_BT", "margin_BT")}
     for row, pairs in enumerate(rows):
         start = 0
-        for number, answers in enumerate(pairs):
-            for side, (ids, n) in enumerate(answers[::-1] if swapped else answers):
+        for number, answers in enumerate(pairs, 1):
+            answers = answers[::-1] if swapped else answers
+            shared = PROMPT - 1 if len(answers) == 2 else 0
+            pieces = [(-number, answers[0][0][: shared + 1], 0, 0)] if shared else []
+            pieces += [(2 * number - 1 + side, ids[shared:], shared, n) for side, (ids, n) in enumerate(answers)]
+            for segment, ids, position, n in pieces:
                 place = slice(start, start + len(ids) - 1)
                 batch["tokens_BT"][row, place], batch["targets_BT"][row, place] = ids[:-1], ids[1:]
-                batch["positions_BT"][row, place] = np.arange(len(ids) - 1)
-                batch["segments_BT"][row, place] = 2 * number + 1 + side
-                batch["mask_BT"][row, start + PROMPT - 1 : start + PROMPT - 1 + n] = True
+                batch["positions_BT"][row, place] = position + np.arange(len(ids) - 1)
+                batch["segments_BT"][row, place] = segment
+                batch["parents_BT"][row, place] = -number if shared else segment
+                answer = start + PROMPT - 1 - position
+                batch["mask_BT"][row, answer : answer + n] = True
                 batch["score_BT"][row, place] = SCORE.get(n, n)
-                batch["margin_BT"][row, place] = 0.1 * (number + 1)
+                batch["margin_BT"][row, place] = 0.1 * number if n else 0.0
                 start = place.stop
     return {name: x.reshape(M, -1, length) for name, x in batch.items()}
 

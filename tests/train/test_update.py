@@ -11,7 +11,8 @@ from jaxllm import loop, sharding, tree
 from jaxllm.configure import section
 from jaxllm.losses import token_weights
 from jaxllm.model import build, parameter_rules
-from jaxllm.stages import Stage, run_config
+from jaxllm.run_config import run_config
+from jaxllm.stages import Stage
 from jaxllm.train import OptimizerConfig, TrainState, optimizer, update
 from jaxllm.train.objectives import ObjectiveConfig, next_token
 from jaxllm.train.update import init_state

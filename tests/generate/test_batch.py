@@ -1,18 +1,12 @@
-"""The sampler against known distributions, and generation against the forward pass, its neighbours and itself."""
-
-from functools import partial
+"""Batches and streams against the forward pass, their neighbours and themselves."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
-from jaxllm import generate as generation
-from jaxllm import sharding
-from jaxllm.generate import SamplerConfig, generate, likely, sample, stream
+from jaxllm.generate import SamplerConfig, generate, stream
 from jaxllm.losses import token_logprobs
-from jaxllm.model import parameter_rules
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID, PAD_ID
 from jaxllm.text.tokenizer import byte_tokenizer
 
@@ -24,81 +18,7 @@ def prompts(B, T, seed=0, vocab_size=40):
     return np.random.default_rng(seed).integers(0, vocab_size, (B, T)).astype(np.int32)
 
 
-# ---- the sampler ----
-
-
-def kept(probabilities, **filters):
-    """Which tokens the filters leave."""
-    weights_BV = jnp.array([probabilities]) / max(probabilities)
-    return np.flatnonzero(likely(weights_BV, SamplerConfig(**filters))[0]).tolist()
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "filters", "expected"),
-    [
-        ([0.5, 0.35, 0.1, 0.05], dict(top_p=0.9), [0, 1, 2]),
-        ([0.4, 0.3, 0.2, 0.1], dict(top_p=0.8), [0, 1, 2]),
-        ([0.4, 0.3, 0.2, 0.1], dict(top_p=0.65), [0, 1]),
-        ([0.1, 0.2, 0.3, 0.4], dict(top_p=0.8), [1, 2, 3]),
-        ([0.4, 0.3, 0.2, 0.1], dict(top_p=1e-6), [0]),
-        ([0.4, 0.3, 0.2, 0.1], dict(top_k=1, top_p=0.8), [0]),
-        ([0.4, 0.3, 0.2, 0.1], dict(top_k=2), [0, 1]),
-        ([0.1, 0.4, 0.2, 0.3], dict(top_k=3), [1, 2, 3]),
-        ([0.4, 0.3, 0.2, 0.1], dict(top_k=9), [0, 1, 2, 3]),
-        # Of the two that top_k leaves, 4/7 and 3/7, the first alone is at least 0.55.
-        ([0.4, 0.3, 0.2, 0.1], dict(top_k=2, top_p=0.55), [0]),
-        ([0.4, 0.3, 0.2, 0.1], dict(min_p=0.6), [0, 1]),
-        ([0.4, 0.3, 0.2, 0.1], dict(min_p=1.0), [0]),
-        ([0.4, 0.2, 0.2, 0.2], dict(top_k=2), [0, 1, 2, 3]),
-        ([0.4, 0.3, 0.2, 0.1], dict(), [0, 1, 2, 3]),
-    ],
-)
-def test_filters_keep_exactly_these_tokens(probabilities, filters, expected):
-    assert kept(probabilities, **filters) == expected
-
-
-def test_filters_agree_with_sorting_on_random_rows():
-    logits_BV = np.random.default_rng(0).normal(size=(50, 301)) * 3
-    weights_BV = np.exp(logits_BV - logits_BV.max(1, keepdims=True)).astype(np.float32)
-    ours_BV = np.asarray(likely(jnp.asarray(weights_BV), SamplerConfig(top_k=40, top_p=0.7, min_p=0.01)))
-    for weights_V, ours_V in zip(weights_BV, ours_BV, strict=True):
-        order = np.argsort(-weights_V)[:40]
-        before = np.cumsum(weights_V[order]) - weights_V[order]
-        nucleus = order[before < 0.7 * weights_V[order].sum()]
-        expected = sorted(token for token in nucleus if weights_V[token] >= 0.01)
-        assert np.flatnonzero(ours_V).tolist() == expected
-
-
-def drawn(logits_V, count, sampler):
-    logits_BV = jnp.broadcast_to(logits_V, (1000, len(logits_V)))
-    one = jax.jit(lambda position_B: sample(logits_BV, jnp.arange(1000), position_B, KEY, sampler=sampler))
-    return np.concatenate([one(jnp.full(1000, position))[0] for position in range(count // 1000)])
-
-
-def test_draws_follow_the_filtered_and_tempered_probabilities():
-    logits_V = jnp.array([2.0, 1.0, 0.5, 0.0, -1.0, -3.0, 1.5])
-    frequencies = np.bincount(drawn(logits_V, 100_000, SamplerConfig(temperature=0.7, top_k=4)), minlength=7) / 1e5
-    expected = np.exp(np.array([2.0, 1.0, 0.5, -np.inf, -np.inf, -np.inf, 1.5]) / 0.7)
-    expected /= expected.sum()
-    assert frequencies[[3, 4, 5]].tolist() == [0, 0, 0]
-    # 100,000 draws have a standard error of at most 0.0016.
-    np.testing.assert_allclose(frequencies, expected, atol=0.006)
-
-
-@pytest.mark.slow
-def test_four_hundred_thousand_draws_of_a_bfloat16_model_follow_its_float32_logits(tiny, built):
-    model, params = built(tiny(vocab_size=5000, activation_dtype="bfloat16", operand_dtype="bfloat16"))
-    logits_BV = jax.jit(model.extend)(params, model.cache(1, 4), prompts(1, 4), jnp.array([4]))[0]
-    assert logits_BV.dtype == jnp.float32
-    logits_V = 10 + logits_BV[0] / jnp.std(logits_BV)
-
-    def distance(tokens):
-        """Total variation between the draws and the exact probabilities."""
-        return 0.5 * np.abs(np.bincount(tokens, minlength=5000) / len(tokens) - jax.nn.softmax(logits_V)).sum()
-
-    assert distance(drawn(logits_V, 400_000, SamplerConfig())) <= 0.05
-    narrow = jax.random.categorical(KEY, logits_V.astype(jnp.bfloat16), shape=(100_000,))
-    assert distance(np.asarray(narrow)) > 0.3
+# ---- batches ----
 
 
 def test_low_temperature_and_top_k_of_one_are_greedy(tiny, built):
@@ -108,24 +28,6 @@ def test_low_temperature_and_top_k_of_one_are_greedy(tiny, built):
     for sampler in (SamplerConfig(temperature=1e-4), SamplerConfig(top_k=1), SamplerConfig(top_p=1e-6)):
         tokens_BT = generate(model, params, prompts(3, 5), [5] * 3, KEY, sampler=sampler, **options).tokens_BT
         np.testing.assert_array_equal(tokens_BT, expected)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("temperature", -1.0, "temperature=-1.0 must be at least 0"),
-        ("top_k", -1, "top_k=-1 must be at least 0"),
-        ("top_p", 0.0, r"top_p=0.0 must be in \(0, 1\]"),
-        ("top_p", 1.5, "top_p=1.5"),
-        ("min_p", -0.1, r"min_p=-0.1 must be in \[0, 1\]"),
-    ],
-)
-def test_a_sampler_out_of_range_raises(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        SamplerConfig(**{field: value})
-
-
-# ---- generation ----
 
 
 def test_greedy_tokens_of_ragged_rows_are_those_of_each_row_alone_and_of_the_forward_pass(tiny, built):
@@ -185,13 +87,6 @@ def test_a_row_ends_with_its_stop_token_and_changes_no_other(tiny, built):
     assert 0 < stopped.mask_BT.sum() < 72
 
 
-def test_the_loop_stops_when_every_row_has(tiny, built):
-    model, params = built(tiny())
-    how = dict(sampler=GREEDY, stop_ids=tuple(range(40)), pad_id=0)
-    state = generation._start(model, params, prompts(2, 4), np.array([4, 2]), KEY, new_length=16, **how)
-    assert int(generation._advance(model, params, state, 16, **how).steps) == 1
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 def test_logp_is_the_forward_pass_at_the_temperature_before_any_filter(temperature, tiny, built):
     model, params = built(tiny())
@@ -218,30 +113,14 @@ def test_the_returned_ids_are_the_sampled_ones_even_where_text_would_not_give_th
     np.testing.assert_allclose(new.logp_BT, logp_BT[:, 3:], atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 2), (2, 2, 2)])
-def test_every_mesh_generates_what_one_device_does_also_for_rows_that_do_not_divide(shape, tiny, built, make_mesh):
-    model, params = built(tiny())
-    tokens, lengths = prompts(5, 7), np.array([3, 7, 1, 5, 2])
-    run = partial(generate, model, max_new_tokens=6, stop_ids=(3,))
-    mesh = make_mesh(*shape)
-    placed = jax.device_put(params, sharding.parameter_shardings(parameter_rules(model.config), params, mesh))
-    for sampler in (GREEDY, SamplerConfig(top_k=8)):
-        bare = run(params, tokens, lengths, KEY, sampler=sampler)
-        with jax.set_mesh(mesh):
-            on_mesh = run(placed, tokens, lengths, KEY, sampler=sampler)
-        np.testing.assert_array_equal(on_mesh.tokens_BT, bare.tokens_BT)
-        np.testing.assert_array_equal(on_mesh.mask_BT, bare.mask_BT)
-        np.testing.assert_allclose(on_mesh.logp_BT, bare.logp_BT, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(lengths_B=[0, 2]), r"lengths_B=\[0, 2\] must be 2 numbers from 1 to 4"),
         (dict(lengths_B=[5, 2]), r"lengths_B=\[5, 2\] .* the width of prompts_BT"),
         (dict(lengths_B=[2]), "must be 2 numbers"),
-        (dict(prompts_BT=[[1, 2, 3, 40], [1, 2, 3, 4]]), "ids from 1 to 40, but model.vocab_size=40"),
-        (dict(prompts_BT=[[1, 2, 3, -1], [1, 2, 3, 4]]), "ids from -1 to 4"),
+        (dict(prompts_BT=[[1, 2, 3, 40], [1, 2, 3, 4]]), "request 0 has ids from 1 to 40, but model.vocab_size=40"),
+        (dict(prompts_BT=[[1, 2, 3, -1], [1, 2, 3, 4]]), "request 0 has ids from -1 to 3"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
     ],
 )
@@ -252,50 +131,7 @@ def test_prompts_that_cannot_be_continued_raise(change, message, tiny, built):
         generate(model, params, arguments.pop("prompts_BT"), arguments.pop("lengths_B"), KEY, **arguments)
 
 
-# ---- programs ----
-
-
-def count(jaxpr, name):
-    """How many equations of this primitive a jaxpr has, those inside other equations included."""
-    inner = (sub for equation in jaxpr.eqns for sub in jaxprs_in_params(equation.params))
-    return sum(equation.primitive.name == name for equation in jaxpr.eqns) + sum(count(sub, name) for sub in inner)
-
-
-def programs(model, params, sampler):
-    """(jaxpr, optimised HLO) of the loop over tokens."""
-    how = dict(sampler=sampler, stop_ids=(3,), pad_id=0)
-    state = generation._start(model, params, prompts(2, 4), np.array([4, 2]), KEY, new_length=16, **how)
-    traced = generation._advance.trace(model, params, state, 16, **how)
-    return traced.jaxpr.jaxpr, traced.lower().compile().as_text()
-
-
-def test_the_tokens_are_one_while_loop_that_hands_no_cache_through_a_scan(tiny, built):
-    jaxpr, _ = programs(*built(tiny()), SamplerConfig())
-    assert count(jaxpr, "while") == 1
-    assert count(jaxpr, "scan") == 0
-
-
-@pytest.mark.parametrize("sampler", [GREEDY, SamplerConfig(), SamplerConfig(top_k=5, top_p=0.9, min_p=0.01)])
-def test_nothing_sorts_in_the_sampler(sampler, tiny, built):
-    _, hlo = programs(*built(tiny()), sampler)
-    assert " sort(" not in hlo and "topk" not in hlo.lower()
-
-
-def test_prompts_and_completions_of_any_length_compile_once_per_bucket(tiny, built):
-    model, params = built(tiny(mlp_width=20))
-    draw = np.random.default_rng(3)
-    before = generation._start._cache_size(), generation._advance._cache_size()
-    for _ in range(100):
-        length, new = draw.integers(1, 65), draw.integers(1, 33)
-        tokens = prompts(2, length)
-        made = generate(model, params, tokens, [length, 1], KEY, max_new_tokens=int(new), sampler=GREEDY)
-        assert made.tokens_BT.shape == (2, new)
-    # Three buckets of prompts (16, 32, 64) and two of new tokens (16, 32); caches of some pairs are equally long.
-    assert generation._start._cache_size() - before[0] == 6
-    assert generation._advance._cache_size() - before[1] <= 6
-
-
-# ---- text ----
+# ---- streams ----
 
 
 def streamed(model, params, chunk, **options):
