@@ -13,7 +13,6 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -37,22 +36,15 @@ from experiments.measuring import (  # noqa: E402
     table,
     turns,
 )
+from experiments.rollouts import rl, slots  # noqa: E402
 from jaxllm import hardware, loop, sharding, tree, workdir  # noqa: E402
-from jaxllm.configure import section  # noqa: E402
-from jaxllm.data.problems import Problem, ProblemSource  # noqa: E402
 from jaxllm.generate import generate  # noqa: E402
 from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_entropy, token_logprobs  # noqa: E402
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
-from jaxllm.rewards.scoring import Term  # noqa: E402
-from jaxllm.rl.config import RolloutConfig  # noqa: E402
-from jaxllm.rl.experience import experience  # noqa: E402
-from jaxllm.rl.layout import Shape, filled  # noqa: E402
 from jaxllm.run_config import run_config  # noqa: E402
 from jaxllm.stages import STAGES  # noqa: E402
-from jaxllm.text import chat  # noqa: E402
 from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS  # noqa: E402
 from jaxllm.train import preferences  # noqa: E402
-from jaxllm.train.policy import PolicyConfig, policy  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
 ONLY = flags.DEFINE_list("only", [], "sections to run, of those that the table of all of them has; all unless told")
@@ -161,70 +153,6 @@ def preference(bench: Bench, *, pairs: int = 8, prompt: int = 64, answer: int = 
     found = {f"{name}, seconds": spread(taken) for name, taken in rounds.items()}
     others = (name for name in programs if name != "fine-tuning")
     return found | {f"{name}, times fine-tuning": spread(rounds[name] / rounds["fine-tuning"]) for name in others}
-
-
-def rl(bench: Bench, *, prompts: int = 8, completions: int = 8, prompt: int = 32, new: int = 64) -> dict:
-    """A GRPO step without a reference, from prompts to new parameters, and its parts: the rollout, with what it waits
-    for rewards, and the update. The rollout beside plain decoding of the same shape, which shares no prompt.
-    """
-    model, tokenizer, B = bench.stage.model, bench.stage.tokenizer, prompts * completions
-    asked = [Problem(question(text), {}) for text in texts(bench, prompts, prompt)]
-    given = dict(sources={"any": ProblemSource("addition")}, rewards={"form": Term("format")}, completions=completions)
-    given |= dict(max_prompt_tokens=prompt, max_new_tokens=new)
-    policy_config = section(PolicyConfig, bench.values["policy"])
-    prompts_BT = np.repeat([chat.prompt(problem.prompt, tokenizer) for problem in asked], completions, axis=0)
-    with jax.set_mesh(mesh := sharding.mesh(bench.config.mesh)):
-        rows = 2 * sharding.data_parallelism(mesh)
-        shape = Shape(B // rows, rows, prompt - 1 + completions // 2 * new)
-        how = dict(shape=shape, place=partial(sharding.global_batch, on=mesh), held_out=0.1, seed=0)
-        rollout_config = section(RolloutConfig, bench.values["rollout"] | given)
-        drawn = experience(rollout_config, policy_config, model, None, tokenizer, **how)
-        drawn.problems = SimpleNamespace(problem=lambda number: asked[number % prompts])
-        params = loop.compile_programs(bench.config, bench.stage, mesh).init(jax.random.key(0)).params
-
-    def rollout():
-        with jax.set_mesh(mesh):
-            return drawn.batch(params, None, 0)
-
-    def decoding():
-        with jax.set_mesh(mesh):
-            how = dict(max_new_tokens=new, stop_ids=())
-            return generate(model, params, prompts_BT, np.full(B, prompt), jax.random.key(0), **how)
-
-    objective = policy(model, policy_config)
-    stage = bench.stage._replace(objective=objective, prepare=lambda params, batch: batch, filled=filled, keys=())
-    batch, told = rollout()
-    runs = {"rollout": rollout, "decoding": decoding, "update": loop_step(bench.config, stage, batch)[0]}
-    [run() for run in runs.values()]
-    rounds = turns({name: partial(seconds, run) for name, run in runs.items()}, bench.seconds)
-    speed = told["completion_tokens"] * B / rounds["rollout"]
-    return {
-        "prompts x completions": f"{prompts} x {completions}, {prompt} + {new} tokens",
-        "step, seconds": spread(rounds["rollout"] + rounds["update"]),
-        "rollout with its rewards, seconds": spread(rounds["rollout"]),
-        "of these waiting for rewards": drawn.rewarding.waited,
-        "update, seconds": spread(rounds["update"]),
-        "rollout, new tokens/s": spread(speed),
-        "rollout, times the speed of plain decoding": spread(speed * rounds["decoding"] / (B * new)),
-        "tokens of the update": np.count_nonzero(batch["segments_BT"]),
-    }
-
-
-def question(text: str) -> chat.Conversation:
-    """What a user asks."""
-    return chat.Conversation(({"role": "user", "content": text},))
-
-
-def texts(bench: Bench, count: int, length: int) -> list[str]:
-    """Texts of the run whose prompts have exactly so many ids."""
-    found, tokenizer, ids = [], bench.stage.tokenizer, next(bench.stage.batches)["tokens_BT"].ravel()
-    for start in range(0, len(ids), length):
-        text = tokenizer.decode(token for token in ids[start:][: length - 4].tolist() if token >= NUM_SPECIAL_TOKENS)
-        if len(chat.prompt(question(text), tokenizer)) == length:
-            found.append(text)
-        if len(found) == count:
-            return found
-    raise ValueError(f"a batch has no {count} texts of {length} ids: give a run of more tokens")
 
 
 def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) -> dict:
@@ -373,7 +301,7 @@ def embedding(bench: Bench, *, V: int = 32_000, T: int = 2048) -> dict:
 
 SECTIONS = {
     section.__name__: section
-    for section in (train, fine_tuning, preference, rl, decode, loss, loader, overhead, cache, embedding)
+    for section in (train, fine_tuning, preference, rl, slots, decode, loss, loader, overhead, cache, embedding)
 }
 
 

@@ -30,7 +30,7 @@ MAY_TOUCH_FILES = ("text", "data", "checkpoint", "metrics", "figures", "workdir"
 NO_JAX = ("text", "data", "configure", "rewards")
 # Grain names an iterator's position get_state and set_state, and those who take one call them so.
 NOT_NAMES = re.compile(r"_?(get|compute)_(?!state$)|.*(Trainer|Manager|_fn$)|(utils|helpers)$")
-LONGEST_FILE, LONGEST_SCRIPT, LONG_SCRIPTS = 400, 60, ("benchmark.py", "reference.py")
+LONGEST_FILE, LONGEST_SCRIPT, LONG_SCRIPTS = 400, 60, ("benchmark.py", "measuring.py", "rollouts.py", "reference.py")
 FILE_CALLS = {
     "open",
     "write_text",

@@ -290,7 +290,7 @@ def test_a_student_that_writes_itself_is_asked_the_training_prompts(chat_values,
     given = chat_values(stage="distill", teacher=teacher, objective__student_fraction=1.0, loop__sample_tokens=4)
     given["loop"] |= dict(evaluate_answers=40)
     stage = staged(given, tmp_path / "run")
-    batch = stage.rollout(jax.jit(stage.model.init)(jax.random.key(0)), {}, 0)
+    batch, _ = stage.rollout(jax.jit(stage.model.init)(jax.random.key(0)), {}, 0)
     rows = flat(batch["tokens_BT"]), flat(batch["mask_BT"])
     asked = [tokens[: np.argmax(mask) + 1] for tokens, mask in zip(*rows, strict=True)]
     held_out = {tuple(prompt.prompt_ids) for prompt in stage.prompts}

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECTIONS = ["train", "fine_tuning", "preference", "decode", "loss", "loader", "overhead", "cache", "embedding"]
+SECTIONS = [
+    "train",
+    "fine_tuning",
+    "preference",
+    "rl",
+    "slots",
+    "decode",
+    "loss",
+    "loader",
+    "overhead",
+    "cache",
+    "embedding",
+]
 
 
 def benchmark(*arguments):
@@ -37,6 +49,8 @@ def test_every_section_reports_numbers_that_can_be_true(tmp_path):
     supervised, whole = (tuned[f"conversations, {kind}/s"]["median"] for kind in ("supervised tokens", "tokens"))
     assert 0 < supervised < whole
     assert results["preference"]["DPO, live reference, times fine-tuning"]["median"] > 0
+    assert results["rl"]["rollout, times the speed of plain decoding"]["median"] > 0
+    assert results["slots"]["predicted by the tokens that are wasted"] > 1
     for name in ("chunked_token_logprobs", "chunked_cross_entropy"):
         assert 0 < results["loss"][f"{name}, memory as a share of dense"] <= 0.25
     assert all(name in done.stdout for name in results)

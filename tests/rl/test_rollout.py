@@ -39,7 +39,7 @@ def test_the_steps_on_policy_are_the_fraction_that_was_asked_for_and_repeat(poli
 
     def own(fraction, **changes):
         rollout = on_policy(model, PROMPTS, fraction=fraction, sampler=SamplerConfig(), **SHAPE | changes)
-        return [rollout(params, given, step) for step in range(12)]
+        return [rollout(params, given, step)[0] for step in range(12)]
 
     first, again, other = own(0.5), own(0.5), own(0.5, seed=8)
     sampled = [batch is not given for batch in first]
@@ -53,7 +53,8 @@ def test_the_steps_on_policy_are_the_fraction_that_was_asked_for_and_repeat(poli
 def test_what_is_trained_on_are_the_prompts_and_what_the_policy_says_to_them(policy):
     model, params = policy
     greedy = on_policy(model, PROMPTS, fraction=1.0, sampler=SamplerConfig(temperature=0.0), **SHAPE)
-    batch = greedy(params, {}, 0)
+    batch, told = greedy(params, {}, 0)
+    assert told == {}
     tokens_BT, mask_BT = (batch[name].reshape(4, 12) for name in ("tokens_BT", "mask_BT"))
     logits_BTV = jax.jit(model.forward)(params, tokens_BT)
     likeliest_BT = np.argmax(logits_BTV, axis=-1)
@@ -67,7 +68,7 @@ def test_what_is_trained_on_are_the_prompts_and_what_the_policy_says_to_them(pol
 def test_prompts_without_room_for_an_answer_are_not_asked_and_none_is_an_error(policy):
     model, params = policy
     asked = on_policy(model, [*PROMPTS, [2] * 8], fraction=1.0, sampler=SamplerConfig(), **SHAPE)
-    batch = asked(params, {}, 0)
+    batch, _ = asked(params, {}, 0)
     assert (batch["tokens_BT"] == 2).sum() == 4
     with pytest.raises(ValueError, match="no prompt leaves room for 5 tokens in a row of 5: lower loop.sample_tokens"):
         on_policy(model, PROMPTS, fraction=1.0, sampler=SamplerConfig(), **SHAPE | {"length": 5})
