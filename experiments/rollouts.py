@@ -64,7 +64,7 @@ def rl(bench: Bench, *, prompts: int = 8, each: int = 8, prompt: int = 32, new: 
         "update, seconds": spread(rounds["update"]),
         "rollout, new tokens/s": spread(speed),
         "rollout, times the speed of plain decoding": spread(speed * rounds["decoding"] / (B * new)),
-        "tokens of the update": np.count_nonzero(batch["segments_BT"]),
+        "tokens of the update": int(np.count_nonzero(batch["segments_BT"])),
     }
 
 
@@ -115,5 +115,5 @@ def slots(bench: Bench, *, requests: int = 256, width: int = 64, prompt: int = 3
         "batches that wait, new tokens/s": spread(limits.sum() / rounds["waiting"]),
         "refilled slots, new tokens/s": spread(limits.sum() / rounds["refilled"]),
         "refilled, times the speed": spread(rounds["waiting"] / rounds["refilled"]),
-        "predicted by the tokens that are wasted": drawn / limits.sum(),
+        "predicted by the tokens that are wasted": float(drawn / limits.sum()),
     }

@@ -492,7 +492,7 @@ def test_the_step_takes_the_buffers_of_its_state(values):
     with jax.set_mesh(mesh):
         programs = loop.compile_programs(
             config,
-            loop.STAGES["pretrain"](config, pathlib.Path(values()["data"]["sources"]["main"]["path"]).parent / "stage"),
+            loop.named("pretrain")(config, pathlib.Path(values()["data"]["sources"]["main"]["path"]).parent / "stage"),
             mesh,
         )
         state = programs.init(jax.random.key(0))
@@ -511,7 +511,7 @@ def test_the_step_takes_the_buffers_of_its_state(values):
 
 def test_rows_count_every_token_that_was_read_and_no_padding(straight, values, tmp_path):
     config = loop.run_config(values())
-    stage = loop.STAGES["pretrain"](config, tmp_path)
+    stage = loop.named("pretrain")(config, tmp_path)
     tokens, pads, counted = 0, {}, {}
     for step in range(1, 13):
         segments_BT = next(stage.batches)["segments_BT"]

@@ -80,7 +80,8 @@ def ready(config: DecoderConfig, params: Tree) -> Tree:
     def narrow(name, x):
         return gathered(x.astype(config.operand_dtype) if name.endswith("kernel") else x)
 
-    whole = map_named(narrow, params | {"head": {"kernel": heads.head(config, params)}})
+    said = {name: params[name] for name in ("embedding", "blocks", "final_norm")}  # and no reward or value
+    whole = map_named(narrow, said | {"head": {"kernel": heads.head(config, params)}})
     layers = tuple(jax.tree.map(lambda x, layer=layer: x[layer], whole["blocks"]) for layer in range(config.num_layers))
     return whole | {"blocks": layers}
 

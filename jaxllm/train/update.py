@@ -1,6 +1,7 @@
 """The one update: gradients summed over micro-batches, one optimizer step. The same for every stage and every mesh."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ def update(
     gradients = jax.value_and_grad(loss, has_aux=True)
 
     def accumulate(number, total):
-        micro_batch = jax.tree.map(lambda x: x[number], batch)
+        micro_batch = jax.tree.map(partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False), batch)
         return jax.tree.map(jnp.add, total, gradients(state.params, micro_batch))
 
     count = len(jax.tree.leaves(batch)[0])

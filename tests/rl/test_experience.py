@@ -159,9 +159,12 @@ def test_groups_that_teach_nothing_are_drawn_again_until_the_rounds_are_over(pol
     found.rewarding = Graded([[even], [even], [uneven]])
     _, told = found.batch(params, None, 0, ref_params=params)
     assert told["drawn_again"] == 2 and told["undecided"] == 0 and found.position == 3
-    found.rewarding = Graded([[even], [even], [even]])
+    found.rewarding = Graded([[uneven]])
     _, told = found.batch(params, None, 1, ref_params=params)
-    assert told["drawn_again"] == 2 and told["undecided"] == 1 and found.position == 6
+    assert told["drawn_again"] == 0 and found.position == 4
+    found.rewarding = Graded([[even], [even], [even]])
+    _, told = found.batch(params, None, 2, ref_params=params)
+    assert told["drawn_again"] == 2 and told["undecided"] == 1 and found.position == 7
 
 
 def test_a_completion_without_a_reward_is_left_out_and_counted(policy_of):

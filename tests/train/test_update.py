@@ -10,6 +10,7 @@ from configs import common
 from jaxllm import loop, sharding, tree
 from jaxllm.configure import section
 from jaxllm.losses import token_weights
+from jaxllm.metrics import Ratio
 from jaxllm.model import build, parameter_rules
 from jaxllm.run_config import run_config
 from jaxllm.stages import Stage
@@ -220,3 +221,13 @@ def test_one_batch_is_learned_by_heart(tiny, packed_batch, name):
     params = jax.jit(build(config).init)(jax.random.key(0))
     _, metrics = trained(config, 300, chain, params, packed_batch(1, 4, T))
     assert metrics["nll"].value < 0.1
+
+
+def test_micro_batches_beyond_the_filled_ones_are_not_computed():
+    chain, batch_M1 = optax.sgd(1.0), np.array([[1.0], [2.0], [np.nan], [np.nan]], np.float32)
+
+    def loss(params, micro_batch):
+        return params * jnp.sum(micro_batch), {"seen": Ratio(jnp.sum(micro_batch), jnp.float32(1))}
+
+    state, measured = update(init_state(jnp.float32(0), chain), batch_M1, loss=loss, optimizer=chain, filled=2)
+    assert float(state.params) == -3 and float(measured["seen"].total) == 3 and float(measured["seen"].count) == 2
