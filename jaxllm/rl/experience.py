@@ -208,7 +208,9 @@ class Experience:
         """Each problem with ``count`` answers; rewards are counted beside the sampling."""
         ids = [self._ids(problem) for problem in problems]
         prompts = [prompt for prompt in ids for _ in range(count)]
-        how = dict(limits=self.limits, slots=self.config.slots, sampler=sampler, tools=self.tools)
+        # Always as many, whatever is left to be drawn again: another number would be compiled for.
+        slots = self.config.slots or self.policy.minibatches * self.shape.micro_batches * self.shape.rows
+        how = dict(limits=self.limits, slots=slots, sampler=sampler, tools=self.tools)
         found: list[Sampled | None] = [None] * len(prompts)
         self.rewarding.begin()
         for number, answer in sampled(self.model, params, self.tokenizer, prompts, key, **how):

@@ -63,7 +63,7 @@ def sampled(
     """
     queue = deque(Request(number, prompt, limits.new) for number, prompt in enumerate(prompts))
     said: dict[int, _Turn] = {}
-    how = dict(slots=min(slots or len(prompts), len(prompts)), length=limits.prompt + limits.new)
+    how = dict(slots=slots, length=limits.prompt + limits.new)
     for done in completions(model, params, queue, key, **how, sampler=sampler, stop_ids=STOP_IDS):
         turn = said.setdefault(done.number, _Turn([], [], []))
         _extend(turn, done.tokens, True, done.logp)
