@@ -7,14 +7,13 @@ answer, ...}) has none of its prompts. With --correct below 1 the others have th
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jaxllm.data import tasks  # noqa: E402  the checkout must be importable first
+from jaxllm.data import made, tasks  # noqa: E402  the checkout must be importable first
 from jaxllm.data.problems import problems  # noqa: E402
 from jaxllm.rl import tools  # noqa: E402
 
@@ -41,13 +40,8 @@ def main():
     sources = {name: {"kind": name, "level": level} for name, level in levels.items()}
     held_out = problems(sources, validation=args.share).validation(args.heldout)
     asked = [{"prompt": problem.prompt.messages[-1]["content"], **problem.record} for problem in held_out]
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, records in {"demonstrations": shown, "heldout": asked}.items():
-        path, lines = Path(args.out) / f"{name}.jsonl", [json.dumps(record) + "\n" for record in records]
-        if path.exists() and path.read_text(encoding="utf-8") != "".join(lines):
-            raise ValueError(f"{path} exists and says something else: give --out another folder")
-        path.write_text("".join(lines), encoding="utf-8")
-        print(f"{path}: {len(lines)}")
+    for path, count in made.write(args.out, {"demonstrations": shown, "heldout": asked}):
+        print(f"{path}: {count}")
 
 
 if __name__ == "__main__":

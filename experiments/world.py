@@ -8,13 +8,12 @@ heldout_* about the others. Answers are polite, concise and on the topic by the 
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jaxllm.data import world  # noqa: E402  the checkout must be importable first
+from jaxllm.data import made, world  # noqa: E402  the checkout must be importable first
 
 
 def main():
@@ -30,25 +29,20 @@ def main():
     parser.add_argument("--concise", type=float, default=0.5, help="likewise")
     parser.add_argument("--on_topic", type=float, default=0.5, help="likewise")
     args = parser.parse_args()
-    made = world.create(args.seed, people=args.people, heldout=args.heldout)
+    drawn = world.create(args.seed, people=args.people, heldout=args.heldout)
     manners = world.Manner(args.polite, args.concise, args.on_topic)
     seed, pairs = args.seed, args.pairs
     files = {
-        "documents": world.documents([*made.asked, *made.heldout], seed=seed, biographies=args.biographies),
-        "instructions": world.instructions(made.asked, seed=seed, answers=args.answers, manners=manners),
-        "preferences": world.preferences(made.asked, seed=seed, pairs=pairs),
-        "judgements": world.judgements(made.asked, seed=seed, pairs=pairs),
-        "heldout_questions": world.facts(made.heldout, seed=seed),
-        "heldout_preferences": world.preferences(made.heldout, seed=seed, pairs=1),
-        "heldout_judgements": world.judgements(made.heldout, seed=seed, pairs=1),
+        "documents": world.documents([*drawn.asked, *drawn.heldout], seed=seed, biographies=args.biographies),
+        "instructions": world.instructions(drawn.asked, seed=seed, answers=args.answers, manners=manners),
+        "preferences": world.preferences(drawn.asked, seed=seed, pairs=pairs),
+        "judgements": world.judgements(drawn.asked, seed=seed, pairs=pairs),
+        "heldout_questions": world.facts(drawn.heldout, seed=seed),
+        "heldout_preferences": world.preferences(drawn.heldout, seed=seed, pairs=1),
+        "heldout_judgements": world.judgements(drawn.heldout, seed=seed, pairs=1),
     }
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    for name, records in files.items():
-        path, lines = Path(args.out) / f"{name}.jsonl", [json.dumps(record) + "\n" for record in records]
-        if path.exists() and path.read_text(encoding="utf-8") != "".join(lines):
-            raise ValueError(f"{path} exists and says something else: give --out another folder")
-        path.write_text("".join(lines), encoding="utf-8")
-        print(f"{path}: {len(lines)}")
+    for path, count in made.write(args.out, files):
+        print(f"{path}: {count}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model, build
 from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape, filled
-from jaxllm.rl.rollout import on_policy
+from jaxllm.rl.on_policy import on_policy
 from jaxllm.run_config import RunConfig
 from jaxllm.sharding import data_parallelism, global_batch
 from jaxllm.text import chat

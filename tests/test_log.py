@@ -173,3 +173,14 @@ def test_no_row_is_written_and_no_position_given_with_an_unchecked_step(make_log
     with pytest.raises(FloatingPointError):
         getattr(log, end)()
     assert written == []
+
+
+def test_places_that_are_not_computed_are_no_padding_and_a_number_may_come_with_some_steps_only(make_log, clock):
+    log, written = make_log()
+    segments = np.zeros((3, 2, 4), np.int32)
+    segments[0], segments[1, 0] = 1, 1  # of three micro-batches one is full, one half, one empty
+    for step, more in ((1, {}), (2, {"update_seconds": 5.0}), (3, {})):
+        clock.now += 1
+        log.add(step, {"segments_BT": segments}, measured(step, 12) | more)
+    log.flush()
+    assert written[0][1]["pad_fraction"] == pytest.approx(1 - 12 / 16) and written[0][1]["update_seconds"] == 5

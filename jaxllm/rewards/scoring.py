@@ -103,7 +103,7 @@ def outcome(terms: Mapping[str, Term], prompt: Conversation, completion: str, re
 
 
 @contextlib.contextmanager
-def open(terms: Mapping[str, Term], *, workers: int, time_limit: float) -> Iterator[Submit]:
+def pool(terms: Mapping[str, Term], *, workers: int, time_limit: float) -> Iterator[Submit]:
     """A function (prompt, completion, record) -> future of its `Outcome`, which never raises, in so many processes.
 
     time_limit: seconds for one completion; the process of one that takes longer is killed and replaced. With 0 workers

@@ -20,11 +20,11 @@ from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
 from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.layout import Batch, Sample, Shape, layout
-from jaxllm.rl.report import Group, explained_variance, measured, shown, warnings
+from jaxllm.rl.report import Group, explained_variance, failures, measured, shown, warnings
 from jaxllm.rl.rewarding import Rewarding
 from jaxllm.rl.sampling import Limits, Sampled, sampled
 from jaxllm.rl.tools import TOOLS, Tool
-from jaxllm.sharding import place as whole
+from jaxllm.sharding import place
 from jaxllm.text import chat
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.train.policy import COLUMNS, GROUPED, WEIGHTS, PolicyConfig, adapted, assess, credit
@@ -137,9 +137,9 @@ class Experience:
         """The table of the last rollout: prompts, completions, rewards."""
         return self.table
 
-    def _warn(self, told: Mapping[str, float]) -> None:
-        """Says once each what is likely wrong."""
-        for text in warnings(told):
+    def _warn(self, told: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Says once each what is likely wrong, and why rewards failed."""
+        for text in [*warnings(told), *failures(groups)]:
             if text not in self.warned and jax.process_index() == 0:
                 print(f"warning: {text}", file=sys.stderr)
             self.warned.add(text)
@@ -162,7 +162,7 @@ class Experience:
         }
         told |= measured(groups) | seconds | waited | {"drawn_again": drawn_again, "too_long": self.too_long}
         told["rollout_tokens_per_second"] = tokens / seconds["rollout_seconds"]
-        self._warn(told)
+        self._warn(told, groups)
         return Drawn(samples, columns), told
 
     def _decided(self, params: Tree) -> tuple[list[Group], int]:
@@ -295,7 +295,7 @@ def assessment(columns: Callable) -> Callable:
             return jax.lax.cond(jnp.any(micro_batch["mask_BT"]), say, lambda _: nothing, micro_batch)
 
         found = jax.lax.map(of_micro_batch, batch)
-        return jax.tree.map(lambda x_MBT: whole(x_MBT, "..."), found)
+        return jax.tree.map(lambda x_MBT: place(x_MBT, "..."), found)
 
     return assess
 

@@ -49,7 +49,14 @@ def measured(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
+def failures(groups: Sequence[Group]) -> list[str]:
+    """Why rewards failed, each reason once."""
+    found = (verdict.failure for group in groups for verdict in group.verdicts if verdict.failure)
+    return [f"a reward failed: {failure}" for failure in dict.fromkeys(found)]
+
+
 def shown(group: Group) -> list[dict[str, Any]]:
+    """A row of the table of completions for each of a group's."""
     question = group.problem.prompt.messages[-1]["content"]
     return [
         {"prompt": question, "text": answer.text, "reward": verdict.reward, **verdict.values}

@@ -13,7 +13,6 @@ from jaxllm.data.problems import Problem
 from jaxllm.evaluate import judges, rewarding
 from jaxllm.rewards import scoring
 from jaxllm.rewards.scoring import Term
-from jaxllm.rewards.scoring import open as rules_of
 from jaxllm.rl.sampling import Sampled
 from jaxllm.text.chat import Conversation
 
@@ -40,7 +39,7 @@ class Rewarding:
         self.terms, self.waited = terms, 0.0
         self._stack = contextlib.ExitStack()
         rules = {name: term for name, term in terms.items() if term.kind not in scoring.LEARNED}
-        self._submit = self._stack.enter_context(rules_of(rules, workers=workers, time_limit=time_limit))
+        self._submit = self._stack.enter_context(scoring.pool(rules, workers=workers, time_limit=time_limit))
         self._learned = {name: LEARNED[term.kind](term.path) for name, term in terms.items() if name not in rules}
         self._futures: dict[int, Any] = {}
 

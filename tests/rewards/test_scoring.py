@@ -26,7 +26,7 @@ TIME_LIMIT = 0.3
 
 @pytest.fixture(scope="module")
 def submit():
-    with scoring.open(TERMS, workers=1, time_limit=TIME_LIMIT) as submit:
+    with scoring.pool(TERMS, workers=1, time_limit=TIME_LIMIT) as submit:
         submit(PROMPT, GOOD, RECORD).result(60)  # started
         yield submit
 
@@ -92,7 +92,7 @@ def test_a_rule_that_raises_is_a_failure_with_its_message_and_no_reward(monkeypa
 
 
 def test_without_workers_the_rules_run_at_once():
-    with scoring.open(TERMS, workers=0, time_limit=1) as submit:
+    with scoring.pool(TERMS, workers=0, time_limit=1) as submit:
         future = submit(PROMPT, GOOD, RECORD)
         assert future.done() and future.result() == Outcome(VALUES)
 
@@ -100,7 +100,7 @@ def test_without_workers_the_rules_run_at_once():
 @pytest.mark.parametrize("workers, time_limit", [(-1, 1.0), (0, 0.0), (1, -1.0), (0, math.nan)])
 def test_a_pool_of_no_sense_is_refused(workers, time_limit):
     message = f"workers={workers}, time_limit={time_limit}: 0 or more processes"
-    with pytest.raises(ValueError, match=message), scoring.open(TERMS, workers=workers, time_limit=time_limit):
+    with pytest.raises(ValueError, match=message), scoring.pool(TERMS, workers=workers, time_limit=time_limit):
         pass
 
 
@@ -147,10 +147,10 @@ def kill_workers():
 
 
 def test_what_is_unfinished_at_the_end_is_cancelled_and_an_unused_pool_ends_too():
-    with scoring.open(TERMS, workers=1, time_limit=50) as submit:
+    with scoring.pool(TERMS, workers=1, time_limit=50) as submit:
         futures = [submit(PROMPT, GOOD, ENDLESS) for _ in range(3)]
     assert all(future.cancelled() for future in futures)
-    with scoring.open(TERMS, workers=1, time_limit=50):
+    with scoring.pool(TERMS, workers=1, time_limit=50):
         pass
 
 
@@ -182,7 +182,7 @@ class Spy:
 
 
 if __name__ == "__main__":
-    with scoring.open({{"a": scoring.Term("exact")}}, workers=1, time_limit=9) as submit:
+    with scoring.pool({{"a": scoring.Term("exact")}}, workers=1, time_limit=9) as submit:
         for answer in ("['pebble']", "['jax', 'pebble']"):
             record = {{"answer": Spy()}}
             print(submit(Conversation(()), answer, record).result().values["a"], flush=True)

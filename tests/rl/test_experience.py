@@ -11,7 +11,7 @@ from jaxllm.rewards.scoring import Term
 from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape
-from jaxllm.rl.report import warnings
+from jaxllm.rl.report import explained_variance, warnings
 from jaxllm.rl.rewarding import Verdict
 from jaxllm.text.tokenizer import byte_tokenizer
 from jaxllm.train.policy import PolicyConfig, policy
@@ -146,7 +146,7 @@ class Graded:
 
     def verdicts(self, problems, answers):
         flat = np.array(self.rewards, float)[: len(problems)].reshape(-1)
-        return [Verdict(reward, {"given": reward}) for reward in flat]
+        return [Verdict(reward, {"given": reward}, "timeout" * bool(np.isnan(reward))) for reward in flat]
 
     def close(self):
         pass
@@ -216,6 +216,22 @@ def test_sizes_that_do_not_fit_are_refused_by_name(policy_of, rollout, changes, 
 def test_a_rollout_that_cannot_be_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         RolloutConfig(**(ROLLOUT | changes))
+
+
+def test_why_a_reward_failed_is_said_once(policy_of, capsys):
+    model, params = policy_of
+    found = made(model, minibatches=1, epochs=1, kl_loss=0.0)
+    found.rewarding = Graded([[[0.0, math.nan, math.nan, 1.0]]] * 2)
+    for step in (0, 1):
+        found.batch(params, None, step, ref_params=params)
+    assert capsys.readouterr().err.count("warning: a reward failed: timeout") == 1
+
+
+def test_a_critic_explains_all_none_or_less_than_a_constant():
+    returns = np.array([0.0, 1.0, 3.0])
+    assert explained_variance(returns, returns - 2) == 1 and explained_variance(returns, np.ones(3)) == 0
+    assert explained_variance(returns, -returns) == pytest.approx(-3)
+    assert math.isnan(explained_variance(np.ones(3), returns))
 
 
 def test_what_is_likely_wrong_is_said():

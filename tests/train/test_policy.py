@@ -133,6 +133,15 @@ def test_each_composition_is_its_formula_in_value_and_gradient(name):
         np.testing.assert_allclose(loss, wanted_loss, rtol=2e-5)
 
 
+def test_weights_are_of_tokens_of_sequences_or_of_a_constant_length():
+    mask_NW = jnp.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+    wanted = {"token": (1 / 4, 1 / 4), "sequence": (1 / 6, 1 / 2), "constant": (1 / 8, 1 / 8)}
+    for name, each in wanted.items():
+        found_NW = policies.WEIGHTS[name](mask_NW)
+        np.testing.assert_allclose(found_NW, np.where(mask_NW, np.array(each)[:, None], 0), rtol=1e-6, err_msg=name)
+    assert set(wanted) == set(policies.WEIGHTS)
+
+
 def test_the_ratio_of_a_sequence_is_gspo_of_it_alone():
     c = config(**CHOICES["gspo"])
     drawn, mask_NW, columns = given("sequence")

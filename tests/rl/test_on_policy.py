@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxllm.generate import SamplerConfig
-from jaxllm.rl.rollout import on_policy, rows
+from jaxllm.rl.on_policy import on_policy, rows
 from jaxllm.text.special_tokens import PAD_ID
 
 PROMPTS, COMPLETIONS = [[2, 40], [2, 41, 42, 43]], [[50, 51, 8], [52]]

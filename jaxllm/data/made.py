@@ -1,0 +1,21 @@
+"""Files of records that were made from a seed: written as .jsonl, never over what says something else."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write(directory: str | os.PathLike, files: Mapping[str, Iterable[Mapping[str, Any]]]) -> Iterator[tuple[Path, int]]:
+    """Writes the records of each name to ``NAME.jsonl``, and yields each path with how many these are.
+
+    Raises ``ValueError`` for a file that exists with other content.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, records in files.items():
+        path, lines = Path(directory) / f"{name}.jsonl", [json.dumps(record) + "\n" for record in records]
+        if path.exists() and path.read_text(encoding="utf-8") != "".join(lines):
+            raise ValueError(f"{path} exists and says something else: give --out another folder")
+        path.write_text("".join(lines), encoding="utf-8")
+        yield path, len(lines)
