@@ -8,6 +8,7 @@ import pytest
 
 from jaxllm.data.problems import ProblemSource
 from jaxllm.rewards.scoring import Term
+from jaxllm.rl import experience as experiences
 from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape
@@ -216,6 +217,16 @@ def test_sizes_that_do_not_fit_are_refused_by_name(policy_of, rollout, changes, 
 def test_a_rollout_that_cannot_be_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         RolloutConfig(**(ROLLOUT | changes))
+
+
+def test_as_many_slots_are_there_however_much_is_asked(policy_of, monkeypatch):
+    """Another number of them would be another program: groups that are drawn again are ever fewer."""
+    model, params = policy_of
+    found, seen, asked = made(model, rollout=dict(slots=0)), [], experiences.sampled
+    monkeypatch.setattr(experiences, "sampled", lambda *a, **how: seen.append(how["slots"]) or asked(*a, **how))
+    found.batch(params, None, 0, ref_params=params)
+    found.probe(params, found.problems.validation(1))
+    assert seen == [8, 8]
 
 
 def test_why_a_reward_failed_is_said_once(policy_of, capsys):

@@ -1,0 +1,18 @@
+import json
+
+import pytest
+
+from jaxllm.data import made
+
+
+def test_a_file_is_written_once_and_never_over_another(tmp_path):
+    records = [{"a": 1}, {"a": "é"}]
+    assert list(made.write(tmp_path / "new", {"one": records, "none": []})) == [
+        (tmp_path / "new" / "one.jsonl", 2),
+        (tmp_path / "new" / "none.jsonl", 0),
+    ]
+    assert [json.loads(line) for line in (tmp_path / "new" / "one.jsonl").read_text().splitlines()] == records
+    assert len(list(made.write(tmp_path / "new", {"one": iter(records)}))) == 1
+    with pytest.raises(ValueError, match="one.jsonl exists and says something else: give --out another folder"):
+        list(made.write(tmp_path / "new", {"one": records[:1]}))
+    assert len((tmp_path / "new" / "one.jsonl").read_text().splitlines()) == 2
