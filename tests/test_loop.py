@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 import jax
@@ -634,15 +635,18 @@ def test_an_absurd_learning_rate_is_stopped_by_name(values, tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_stops_the_run_and_the_last_checkpoint_stays(straight, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    wanted = r"saving .*failed in .*checkpoints: .*Newest whole checkpoint: 4. Free space"
+
+    def fill():
+        for _ in range(3000):  # the save of step 4 goes on in the background: the disk is full only after it
+            if 4 in checkpoint.whole_steps(tmp_path / "run" / "checkpoints"):
+                break
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))
+
     try:
-        with pytest.raises(
-            OSError, match=r"saving .*failed in .*checkpoints: .*Newest whole checkpoint: 4. Free space"
-        ):
-            train(
-                straight.values,
-                tmp_path / "run",
-                at={7: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, hard))},
-            )
+        with pytest.raises(OSError, match=wanted):
+            train(straight.values, tmp_path / "run", at={7: fill})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert finite_checkpoint(tmp_path / "run") == 4
