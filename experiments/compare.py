@@ -1,8 +1,7 @@
-"""Compares groups of runs that differ in their seed: a table of the last values of a metric, and a figure of its
-course.
+"""Compares groups of runs that differ in their seed: tables of their last metrics, and a figure of the courses.
 
-    python experiments/compare.py --metric=validation_loss --out=comparison.png \\
-        'data alone=runs/hard_*' 'forward KL=runs/forward_*'
+    python experiments/compare.py --out=distillation.png 'data alone=runs/hard_*' 'forward KL=runs/forward_*'
+    python experiments/compare.py --metric=reward/preference,reward/style --root_of=kl 'no KL=runs/free_*'
 
 A group is a label and a glob of run directories. The table says mean, least and greatest over each group's runs.
 """
@@ -29,19 +28,29 @@ def rows_of(group):
     return label, [metrics.read(Path(directory) / "metrics.jsonl") for directory in directories]
 
 
+def last_values(groups, name):
+    """The table of a metric's last values."""
+    table = Table("runs", "count", "mean", "least", "greatest", title=f"{name} at the last step")
+    for label, runs in groups.items():
+        last = figures.aligned(runs, name)[1][:, -1]
+        table.add_row(label, str(len(last)), *(f"{value:.4f}" for value in (last.mean(), last.min(), last.max())))
+    return table
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="+", metavar="LABEL=GLOB", help="runs to compare")
-    parser.add_argument("--metric", default="validation_loss", help="a name in metrics.jsonl")
+    parser.add_argument("--metric", default="validation_loss", help="a name in metrics.jsonl; several with commas")
+    parser.add_argument("--root_of", default="", metavar="METRIC", help="draw against the root of this, not by step")
     parser.add_argument("--out", default="comparison.png", help="file for the figure")
     args = parser.parse_args()
-    groups = dict(map(rows_of, args.groups))
-    table = Table("runs", "count", "mean", "least", "greatest", title=f"{args.metric} at the last step")
-    for label, runs in groups.items():
-        last = figures.aligned(runs, args.metric)[1][:, -1]
-        table.add_row(label, str(len(last)), *(f"{value:.4f}" for value in (last.mean(), last.min(), last.max())))
-    Console().print(table)
-    figures.comparison(groups, args.out, name=args.metric)
+    groups, names = dict(map(rows_of, args.groups)), args.metric.split(",")
+    for name in names:
+        Console().print(last_values(groups, name))
+    if args.root_of:
+        figures.against(groups, args.out, names=names, root_of=args.root_of)
+    else:
+        figures.comparison(groups, args.out, names=names)
 
 
 if __name__ == "__main__":

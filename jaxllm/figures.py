@@ -25,6 +25,7 @@ WIDTH, HEIGHT, DPI = 5.6, 3.2, 130  # of one panel: inches, inches, dots per inc
 NOISY = 60  # points beyond which a curve is drawn smoothed over its own pale self
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> (steps, values)
+Groups = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]  # label -> the rows of each of its runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ PANELS = (
     Panel("Margin of the chosen answer", ("margin", "validation_margin")),
     Panel("Log-ratio to the reference, nats", ("*chosen_log_ratio", "*rejected_log_ratio")),
     Panel("KL to the reference on its own answers, nats", ("validation_kl",), bottom=0),
-    Panel("Reward", ("reward", "validation_reward"), bottom=0),
+    Panel("Reward", ("reward", "validation_reward")),
     Panel("Reward by its parts", ("reward/*", "validation_reward/*")),
     Panel("Tokens of a completion", ("*completion_tokens", "completion_tokens_max"), bottom=0),
     Panel("Completions cut, groups without a lesson", ("clipped_fraction", "undecided"), bottom=0),
@@ -99,21 +100,40 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Any, panels: Sequence[Panel]
     _save(figure, path)
 
 
-def comparison(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Any, *, name: str) -> None:
-    """Draw one metric of several groups of runs into a PNG: the mean of each group, and a band from least to greatest.
+def comparison(groups: Groups, path: Any, *, names: Sequence[str]) -> None:
+    """Draw metrics of several groups of runs into a PNG, a panel each: the mean of a group, and a band from least to
+    greatest.
 
-    ``groups`` maps a label to the rows of each of its runs, which differ in their seed. Raises ``ValueError`` where
-    runs of a group have the metric at different steps.
+    The runs of a group differ in their seed. Raises ``ValueError`` where they have a metric at different steps.
     """
-    figure = _figure(1, 1)
-    axes = figure.add_subplot()
-    for (label, runs), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
-        steps, values = aligned(runs, name)
-        mean = values.mean(axis=0)
-        axes.plot(steps, mean, color=colour, linewidth=1.8, label=f"{label}  {mean[-1]:.4g}")
-        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
-    _dress(axes, name.replace("_", " "))
-    axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+    figure = _figure(len(names), 1)
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), place + 1)
+        for (label, runs), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
+            steps, values = aligned(runs, name)
+            mean = values.mean(axis=0)
+            axes.plot(steps, mean, color=colour, linewidth=1.8, label=f"{label}  {mean[-1]:.4g}")
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+        _dress(axes, name.replace("_", " "))
+        axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+    _save(figure, path)
+
+
+def against(groups: Groups, path: Any, *, names: Sequence[str], root_of: str) -> None:
+    """Draw metrics of groups of runs against the square root of another into a PNG: a panel each, a line for each run.
+
+    Of a KL the root is taken, for rewards are nearly straight in it (Gao et al. 2023, arXiv:2210.10760). Raises
+    ``ValueError`` where a run has no row with both.
+    """
+    figure = _figure(len(names), 1)
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), place + 1)
+        for (label, runs), colour in zip(groups.items(), itertools.cycle(COLOURS), strict=False):
+            courses = [_by_root(rows, name, root_of, label) for rows in runs]
+            for course, named in zip(courses, itertools.chain([label], itertools.repeat(None)), strict=False):
+                axes.plot(*course, color=colour, linewidth=1.6, alpha=0.7, label=named)
+        _dress(axes, name.replace("_", " "), f"square root of {root_of.replace('_', ' ')}")
+        axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
     _save(figure, path)
 
 
@@ -192,6 +212,15 @@ def aligned(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> tuple[np.
             f"{name}: the runs have it at steps {[sorted(each) for each in found]}; compare like with like"
         )
     return np.array(steps), np.array([[each[step] for step in steps] for each in found])
+
+
+def _by_root(rows: Sequence[Mapping[str, Any]], name: str, root_of: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """(roots in order, the metric there, smoothed)."""
+    found = sorted((max(0.0, row[root_of]) ** 0.5, row[name]) for row in rows if {name, root_of} <= row.keys())
+    if not found:
+        raise ValueError(f"nothing to draw of {label!r}: no row of one of its runs has both {name} and {root_of}")
+    roots, values = np.array(found).T
+    return roots, _smooth(values, max(1, len(values) // 10))
 
 
 def _figure(columns: int, lines: int) -> Figure:

@@ -211,3 +211,18 @@ def test_measurements_become_pngs_and_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw in .*d.png: no value"):
         figures.ladder({}, tmp_path / "d.png", title="")
     assert not (tmp_path / "d.png").exists()
+
+
+def test_metrics_are_drawn_against_the_root_of_another_in_its_order(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.Axes, "plot", lambda self, x, y, **how: drawn.append((list(x), list(y), how["label"])))
+    monkeypatch.setattr(figures.Axes, "legend", lambda self, **how: None)
+    rows = [
+        {"step": 1, "kl": 9.0, "gold": 1.0},
+        {"step": 2, "kl": 4.0, "gold": 2.0},
+        {"step": 2, "validation_loss": 1.0},
+    ]
+    figures.against({"free": [rows, rows]}, tmp_path / "over.png", names=["gold"], root_of="kl")
+    assert drawn == [([2.0, 3.0], [2.0, 1.0], "free"), ([2.0, 3.0], [2.0, 1.0], None)]
+    with pytest.raises(ValueError, match="nothing to draw of 'free': no row of one of its runs has both loss and kl"):
+        figures.against({"free": [rows]}, tmp_path / "over.png", names=["loss"], root_of="kl")

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import signal
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from configs import common, rl
 from jaxllm import checkpoint, figures, hardware, loop, metrics, sharding
 from jaxllm.evaluate import rewarding
+from jaxllm.rl import experience
 from jaxllm.text.chat import Conversation
 
 TIMES = {"seconds", "tokens_per_second", "rollout_tokens_per_second", "mfu"}  # and what ends with _seconds, may differ
@@ -73,7 +75,7 @@ def train(values, directory, *, stop_at=0):
         try:
             loop.run(values, directory)
         except loop.Preempted:
-            assert stop_at
+            assert stop_at  # -1: for another reason
     return directory
 
 
@@ -263,17 +265,58 @@ def two_devices(monkeypatch):
     monkeypatch.setattr(sharding, "mesh", functools.partial(sharding.mesh, devices=jax.devices()[:2]))
 
 
-def test_ppo_that_was_stopped_in_the_middle_of_a_rollout_goes_on_bit_for_bit(
-    sources, pretrained, tmp_path, capsys, two_devices
+def stopping_rollout(monkeypatch):
+    """SIGTERM arrives while the next rollout is sampled."""
+    sampled = experience.sampled
+
+    def stopped(*arguments, **options):
+        for place, answer in enumerate(sampled(*arguments, **options)):
+            if place == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield answer
+
+    monkeypatch.setattr(experience, "sampled", stopped)
+
+
+def test_ppo_that_was_stopped_between_updates_and_while_sampling_goes_on_bit_for_bit(
+    sources, pretrained, tmp_path, capsys, two_devices, monkeypatch
 ):
-    """C27: the same completions, advantages and critic after it, though two updates of a rollout were still to come."""
+    """C27: the same completions, advantages and critic after it, though two updates of a rollout were still to come.
+
+    C32: what is asked of a run that samples is done after that step.
+    """
     values = arms(sources, pretrained, "ppo", steps=6, evaluate_every=6, save_every=6, sample_every=6)
     straight = train(values, tmp_path / "straight")
     train(values, tmp_path / "run", stop_at=2)
     assert "new and 0: scalar_head/bias, scalar_head/kernel" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        stopping_rollout(patch)
+        train(values, tmp_path / "run", stop_at=-1)
+    assert next(checkpoint.whole_steps(tmp_path / "run" / "checkpoints")) == 5
+    assert "stopped as asked and saved at step 5: the same command continues" in capsys.readouterr().err
     assert_same_run(train(values, tmp_path / "run"), straight)
     told = [row for row in rows(straight) if "reward" in row]
     assert told[0]["reward/watched"] == 0 and told[0]["value"] == 0
     assert told[0]["kl_coefficient"] == pytest.approx(0.03) and abs(told[0]["kl"]) < 1e-3
     samples = rows(straight, "samples.jsonl")
     assert len(samples) == 8 and samples[0].keys() >= {"prompt", "text", "reward", "pay"}
+
+
+def test_two_hundred_steps_of_sampling_and_learning_leave_the_memory_as_it_is(
+    sources, pretrained, tmp_path, monkeypatch, two_devices
+):
+    """C39. Arrays on the device are counted one by one; what the process holds beside them grows by noise alone."""
+    resident, living = {}, {}
+
+    class Weighing(loop.Log):
+        def add(self, step, batch, measured):
+            super().add(step, batch, measured)
+            resident[step] = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            living[step] = len(jax.live_arrays())
+
+    monkeypatch.setattr(loop, "Log", Weighing)
+    values = arms(sources, pretrained, "grpo", steps=200, evaluate_every=200, save_every=200, log_every=1)
+    loop.run(values, tmp_path / "run")
+    steps = np.arange(40, 201)
+    assert len({living[step] for step in steps}) == 1
+    assert np.polyfit(steps, [resident[step] for step in steps], 1)[0] < 20e3  # bytes per step

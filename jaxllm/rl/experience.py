@@ -30,7 +30,7 @@ from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.train.policy import COLUMNS, GROUPED, WEIGHTS, PolicyConfig, adapted, assess, credit
 from jaxllm.tree import Tree
 
-POSITION = ("coefficient", "position", "too_long", "told")  # all that a resumed run needs but the samples
+POSITION = ("coefficient", "position", "too_long", "told", "table")  # all that a resumed run needs but the samples
 PATIENCE = 100  # problems drawn for one whose prompt fits
 
 

@@ -25,3 +25,16 @@ def test_a_group_without_runs_and_runs_of_different_steps_are_refused(script, tm
     write_run(tmp_path / "a_1", {10: 4.0})
     status, *_ = script("compare.py", f"uneven={tmp_path}/a_*")
     assert "the runs have it at steps [[10, 20], [10]]; compare like with like" in status
+
+
+def test_metrics_are_drawn_against_the_root_of_a_divergence(script, tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    rows = [{"step": step, "kl": 0.5 * step, "proxy": float(step), "gold": -float(step)} for step in (1, 2, 3)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "over.png"
+    status, printed, _ = script(
+        "compare.py", f"--out={out}", "--metric=proxy,gold", "--root_of=kl", f"free={directory}"
+    )
+    assert status == 0 and out.stat().st_size > 5000
+    assert "proxy at the last step" in printed and "gold at the last step" in printed
