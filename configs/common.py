@@ -244,7 +244,7 @@ def llama(**sizes) -> ml_collections.ConfigDict:
     model.attention_scale = 0.0  # 0 is 1 / sqrt(head_width)
     model.attention_soft_cap = 0.0  # Gemma 2: 50; 0 caps nothing
     model.logit_soft_cap = 0.0  # Gemma 2: 30
-    model.layer_pattern = ("global",)  # repeated over the layers | "local": sliding window | "nope": without RoPE
+    model.layer_pattern = ("global",)  # repeated | "local": sliding window | "nope": without RoPE | "local_nope"
     model.sliding_window = 0  # keys that a local layer sees, itself included
     model.dropout = 0.0  # on the two residual branches of a block
     model.rope = ml_collections.ConfigDict()

@@ -43,7 +43,6 @@ from jaxllm.losses import chunked_cross_entropy, chunked_token_logprobs, cross_e
 from jaxllm.model import DecoderConfig, decoding, flops_per_token  # noqa: E402
 from jaxllm.run_config import run_config  # noqa: E402
 from jaxllm.stages import STAGES  # noqa: E402
-from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS  # noqa: E402
 from jaxllm.train import preferences  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", str(ROOT / "configs" / "llama_14m.py"), "the run to measure")
@@ -94,7 +93,9 @@ def fine_tuning(bench: Bench, *, conversations: int = 2000) -> dict:
     batch, path = next(bench.stage.batches), bench.directory / "chat.json"
     draw, tokens = np.random.default_rng(0), batch["tokens_BT"].ravel()
     pieces = [tokens[start:][:length] for start, length in draw.integers([0, 8], [len(tokens), 80], (conversations, 2))]
-    texts = [bench.stage.tokenizer.decode(piece[piece >= NUM_SPECIAL_TOKENS]) or "." for piece in pieces]
+    tokenizer = bench.stage.tokenizer
+    words = ([token for token in piece if token not in tokenizer.special_ids] for piece in pieces)
+    texts = [tokenizer.decode(each) or "." for each in words]
     chats = [{"prompt": question, "response": answer} for question, answer in zip(texts[::2], texts[1::2], strict=True)]
     path.write_text(json.dumps(chats), encoding="utf-8")
     values = dict(

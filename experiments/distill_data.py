@@ -49,7 +49,7 @@ def main():
         tasks = dataset.prefixes(args.texts, tokenizer, field=args.field, length=args.prefix_tokens, limit=args.limit)
     made_by = vars(args) | {"source": DocumentSource(args.prompts or args.texts).fingerprint}
     how = dict(max_new_tokens=args.max_new_tokens, sampler=sampler, batch_size=args.batch_size, seed=args.seed)
-    counts = dataset.write(args.out, tasks, model, params, made_by=made_by, **how)
+    counts = dataset.write(args.out, tasks, model, params, made_by=made_by, stop_ids=tokenizer.stop_ids, **how)
     print(f"{args.out}: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
 
 

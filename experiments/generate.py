@@ -15,7 +15,6 @@ import jax  # noqa: E402  the checkout must be importable first
 
 from jaxllm import workdir  # noqa: E402
 from jaxllm.generate import SamplerConfig, stream  # noqa: E402
-from jaxllm.text.special_tokens import BOS_ID  # noqa: E402
 
 
 def main():
@@ -33,7 +32,7 @@ def main():
     args = parser.parse_args()
     sampler = SamplerConfig(args.temperature, args.top_k, args.top_p, args.min_p)
     model, params, tokenizer = workdir.load(args.workdir, step=args.step)
-    tokens = [BOS_ID, *tokenizer.encode(args.prompt)]
+    tokens = tokenizer.opening(args.prompt)
     print(f"{sampler} max_new_tokens={args.max_new_tokens} seed={args.seed}", file=sys.stderr)
     for sample in range(args.num_samples):
         key = jax.random.fold_in(jax.random.key(args.seed), sample)

@@ -17,7 +17,6 @@ from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape, filled
 from jaxllm.text import chat
-from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS
 from jaxllm.train.policy import PolicyConfig, policy
 
 
@@ -34,7 +33,7 @@ def rl(bench: Bench, *, prompts: int = 8, each: int = 8, prompt: int = 32, new: 
     with jax.set_mesh(mesh := sharding.mesh(bench.config.mesh)):
         rows = 2 * sharding.data_parallelism(mesh)
         shape = Shape(B // rows, rows, prompt - 1 + each // 2 * new)
-        how = dict(shape=shape, place=partial(sharding.global_batch, on=mesh), held_out=0.1, seed=0)
+        how = dict(shape=shape, place=partial(sharding.whole_batch, on=mesh), held_out=0.1, seed=0)
         rollout_config = section(RolloutConfig, bench.values["rollout"] | given)
         drawn = experience(rollout_config, policy_config, model, None, tokenizer, **how)
         drawn.problems = SimpleNamespace(problem=lambda number: asked[number % prompts])
@@ -77,7 +76,8 @@ def texts(bench: Bench, count: int, length: int) -> list[str]:
     """Texts of the run whose prompts have exactly so many ids."""
     found, tokenizer, ids = [], bench.stage.tokenizer, next(bench.stage.batches)["tokens_BT"].ravel()
     for start in range(0, len(ids), length):
-        text = tokenizer.decode(token for token in ids[start:][: length - 4].tolist() if token >= NUM_SPECIAL_TOKENS)
+        piece = ids[start:][: length - 4].tolist()
+        text = tokenizer.decode(token for token in piece if token not in tokenizer.special_ids)
         if len(chat.prompt(question(text), tokenizer)) == length:
             found.append(text)
         if len(found) == count:
@@ -85,21 +85,22 @@ def texts(bench: Bench, count: int, length: int) -> list[str]:
     raise ValueError(f"a batch has no {count} texts of {length} ids: give a run of more tokens")
 
 
-def slots(bench: Bench, *, requests: int = 256, width: int = 64, prompt: int = 32, new: int = 64) -> dict:
+def slots(bench: Bench, *, requests: int = 512, width: int = 64, prompt: int = 32, new: int = 64) -> dict:
     """Completions of 8 to ``new`` tokens, more than slots: slots that are refilled against batches that wait for their
-    longest, and what the tokens that such batches waste predict.
+    longest, and what follows from the tokens that such batches waste where prompts take as long in both.
     """
     model, mesh, draw = bench.stage.model, sharding.mesh(bench.config.mesh), np.random.default_rng(0)
     limits = draw.integers(8, new + 1, requests)
-    prompts_BT = draw.integers(NUM_SPECIAL_TOKENS, model.config.vocab_size, (requests, prompt), np.int32)
+    first = 1 + max(bench.stage.tokenizer.special_ids)
+    prompts_BT = draw.integers(first, model.config.vocab_size, (requests, prompt), np.int32)
     key, batches = jax.random.key(0), [slice(start, start + width) for start in range(0, requests, width)]
     with jax.set_mesh(mesh):
         params = loop.compile_programs(bench.config, bench.stage, mesh).init(key).params
 
-    def waiting():
+    def waiting(new=new):
         with jax.set_mesh(mesh):
             for here in batches:
-                how = dict(max_new_tokens=int(limits[here].max()), stop_ids=())
+                how = dict(max_new_tokens=min(new, int(limits[here].max())), stop_ids=())
                 generate(model, params, prompts_BT[here], np.full(len(limits[here]), prompt), key, **how)
 
     def refilled():
@@ -107,13 +108,16 @@ def slots(bench: Bench, *, requests: int = 256, width: int = 64, prompt: int = 3
         with jax.set_mesh(mesh):
             return list(completions(model, params, queue, key, slots=width, length=prompt + new, stop_ids=()))
 
-    waiting(), refilled()
-    rounds = turns({"waiting": partial(seconds, waiting), "refilled": partial(seconds, refilled)}, bench.seconds)
+    sides = {"waiting": waiting, "refilled": refilled, "reading": partial(waiting, 1)}
+    for run in sides.values():
+        run()
+    rounds = turns({name: partial(seconds, run) for name, run in sides.items()}, bench.seconds)
     drawn = sum(int(limits[here].max()) * len(limits[here]) for here in batches)
+    needed = rounds["reading"] + (rounds["waiting"] - rounds["reading"]) * limits.sum() / drawn
     return {
         "requests in slots": f"{requests} in {width}, {prompt} + 8 to {new} tokens",
         "batches that wait, new tokens/s": spread(limits.sum() / rounds["waiting"]),
         "refilled slots, new tokens/s": spread(limits.sum() / rounds["refilled"]),
         "refilled, times the speed": spread(rounds["waiting"] / rounds["refilled"]),
-        "predicted by the tokens that are wasted": float(drawn / limits.sum()),
+        "predicted by the tokens that are wasted": spread(rounds["waiting"] / needed),
     }

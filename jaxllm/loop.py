@@ -248,6 +248,7 @@ def _answered(run: Run, state: TrainState) -> dict[str, float]:
     given = run.stage.prompts
     prompts, references = [prompt.prompt_ids for prompt in given], [prompt.reference_ids for prompt in given]
     how = dict(max_new_tokens=loop.sample_tokens, sampler=GREEDY, batch_size=min(32, len(given)))
+    how["stop_ids"] = tokenizer.stop_ids
     found = answers(run.stage.model, state.params, prompts, jax.random.key(0), **how)
     rows = compared(tokenizer, prompts, references, found)
     _record(run, "answers.jsonl", int(state.step), [row._asdict() for row in rows])

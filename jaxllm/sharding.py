@@ -121,14 +121,28 @@ def global_batch(batch: dict[str, np.ndarray], on: Mesh) -> dict[str, jax.Array]
 
     The global row count must be a multiple of replica x fsdp (``ValueError``).
     """
-    rows = next(iter(batch.values())).shape[1] * jax.process_count()
+    rows_sharding = _rows_sharding(next(iter(batch.values())).shape[1] * jax.process_count(), on)
+    return {key: jax.make_array_from_process_local_data(rows_sharding, value) for key, value in batch.items()}
+
+
+def whole_batch(batch: dict[str, np.ndarray], on: Mesh) -> dict[str, jax.Array]:
+    """Global device arrays, sharded as ``global_batch``'s, from a batch [M, B, ...] that every process holds whole.
+
+    Rows keep their places, so that what is said of them can be read back by them. Raises as ``global_batch`` does.
+    """
+    rows_sharding = _rows_sharding(next(iter(batch.values())).shape[1], on)
+    put = jax.make_array_from_callback
+    return {key: put(value.shape, rows_sharding, value.__getitem__) for key, value in batch.items()}
+
+
+def _rows_sharding(rows: int, on: Mesh) -> NamedSharding:
+    """Of [M, rows, ...]; ``ValueError`` where the rows do not divide."""
     if rows % data_parallelism(on):
         raise ValueError(
             f"a micro-batch of {rows} sequences is not a multiple of mesh replica x fsdp = {data_parallelism(on)}; "
             "raise batch_size, or lower micro_batches or the mesh"
         )
-    rows_sharding = NamedSharding(on, PartitionSpec(None, ACTIVATION_AXES["b"]))
-    return {key: jax.make_array_from_process_local_data(rows_sharding, value) for key, value in batch.items()}
+    return NamedSharding(on, PartitionSpec(None, ACTIVATION_AXES["b"]))
 
 
 def data_parallelism(on: Mesh) -> int:

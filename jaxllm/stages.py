@@ -23,10 +23,9 @@ from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape, filled
 from jaxllm.rl.on_policy import on_policy
 from jaxllm.run_config import RunConfig
-from jaxllm.sharding import data_parallelism, global_batch
+from jaxllm.sharding import data_parallelism, whole_batch
 from jaxllm.text import chat
 from jaxllm.text import prepare as text
-from jaxllm.text.special_tokens import BOS_ID, PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.train import preferences
 from jaxllm.train.objectives import distillation, next_token, stored_distillation
@@ -108,7 +107,8 @@ def distill(config: RunConfig, directory: Path) -> Stage:
     if config.objective.store_teacher:
         objective = stored_distillation(stage.model, config.objective)
         ask = partial(taught, objective=config.objective)
-        return stage._replace(objective=objective, **_batches(config, _asked(ask, config, stage, teacher, directory)))
+        stores = _asked(ask, config, stage, teacher, directory)
+        return stage._replace(objective=objective, **_batches(config, stores, stage.tokenizer))
     return stage._replace(
         objective=distillation(stage.model, teacher.model, config.objective),
         frozen={"teacher_params": teacher},
@@ -142,7 +142,8 @@ def preference(config: RunConfig, directory: Path) -> Stage:
         keys=(),
     )
     if config.preference.store_reference:
-        return stage._replace(**_batches(config, _asked(referred, config, stage, reference, directory)))
+        stores = _asked(referred, config, stage, reference, directory)
+        return stage._replace(**_batches(config, stores, stage.tokenizer))
     if not config.preference.has_reference:
         return stage
     probe = _divergence(config, stage, reference.model) if stage.prompts else None
@@ -191,7 +192,7 @@ def rl(config: RunConfig, directory: Path) -> Stage:
         reference.model if reference else None,
         tokenizer,
         shape=Shape(loop.micro_batches, loop.batch_size // loop.micro_batches, config.data.sequence_length),
-        place=partial(global_batch, on=jax.sharding.get_mesh()),
+        place=partial(whole_batch, on=jax.sharding.get_mesh()),
         held_out=config.data.validation,
         seed=config.seed,
     )
@@ -229,7 +230,7 @@ def _imitation(config: RunConfig, directory: Path) -> Stage:
     tokenizer = text.prepare(config.tokenizer, tokens.training_texts(config.data), directory=directory / "tokenizer")
     stores = tokens.prepare(config.data, tokenizer, directory=_cache(config, directory))
     model = build(config.model.with_vocabulary(tokenizer.vocab_size))
-    read = _batches(config, stores)
+    read = _batches(config, stores, tokenizer)
     noise = {"dropout_key": config.model.dropout, "noise_key": config.objective.neftune_alpha}
     return Stage(
         model=model,
@@ -238,7 +239,7 @@ def _imitation(config: RunConfig, directory: Path) -> Stage:
         prepare=weighed,
         objective=next_token(model, config.objective),
         report={name: _report(name, store, read["batches"].reports) for name, store in stores.items()},
-        prompt=partial(_document, tokenizer),
+        prompt=tokenizer.opening,
         keys=tuple(name for name, rate in noise.items() if rate),
         prompts=_prompts((store.validation for store in stores.values()), config.loop.evaluate_answers),
         start=workdir.saved(config.start) if config.start else None,
@@ -257,9 +258,10 @@ def _compared(config: RunConfig, directory: Path) -> Stage:
     return stage._replace(prompt=partial(_question, stage.tokenizer))
 
 
-def _batches(config: RunConfig, stores: Mapping[str, tokens.Split]) -> dict[str, Any]:
+def _batches(config: RunConfig, stores: Mapping[str, tokens.Split], tokenizer: Tokenizer) -> dict[str, Any]:
     """What a stage reads of the stores: ``batches`` to train on, and ``validation`` batches of each source."""
-    shape = dict(batch_size=config.loop.batch_size, micro_batches=config.loop.micro_batches, pad_id=PAD_ID)
+    loop = config.loop
+    shape = dict(batch_size=loop.batch_size, micro_batches=loop.micro_batches, pad_id=tokenizer.pad_id)
     shape |= dict(process_index=jax.process_index(), process_count=jax.process_count())
     return {
         "batches": loader.train_batches(stores, config.data, **shape),
@@ -308,6 +310,7 @@ def _own_answers(config: RunConfig, stage: Stage, directory: Path) -> Callable:
         length=config.data.sequence_length,
         max_new_tokens=config.loop.sample_tokens,
         sampler=SamplerConfig(),
+        stop_ids=stage.tokenizer.stop_ids,
         seed=config.seed,
     )
 
@@ -321,17 +324,12 @@ def _divergence(config: RunConfig, stage: Stage, reference: Model) -> Callable:
     sampling = Sampling(SamplerConfig(), config.loop.sample_tokens, batch_size, config.seed)
 
     def probe(params: Tree, *, ref_params: Tree) -> dict[str, float]:
-        found = sampling.answers(stage.model, params, ids)
         sides = Loaded(stage.model, params, stage.tokenizer), Loaded(reference, ref_params, stage.tokenizer)
+        found = sampling.answers(sides[0], ids)
         kl = divergence(*sides, ids, found, batch_size=sampling.batch_size)
         return {"kl": kl.kl, "sampled_tokens": fmean(len(answer.tokens) for answer in found)}
 
     return probe
-
-
-def _document(tokenizer: Tokenizer, start: str) -> list[int]:
-    """The start of a document."""
-    return [BOS_ID, *tokenizer.encode(start)]
 
 
 def _question(tokenizer: Tokenizer, question: str) -> list[int]:

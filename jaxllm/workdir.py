@@ -1,7 +1,7 @@
 """A run's directory: what lies where in it, what a second run in it may change, and how to load its model.
 
 config.json  environment.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl  samples.jsonl  figures/*.png
-evaluation.json
+evaluation.json  evaluation_items.jsonl
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -103,6 +103,23 @@ def config(directory: str | os.PathLike) -> dict:
 def write_evaluation(directory: str | os.PathLike, result: Mapping) -> None:
     """Writes ``evaluation.json``."""
     _write(Path(directory) / "evaluation.json", result)
+
+
+def evaluation(directory: str | os.PathLike) -> dict:
+    """What ``evaluation.json`` holds; nothing where there is none."""
+    path = Path(directory) / "evaluation.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_evaluation_items(directory: str | os.PathLike, suite: str, rows: Iterable[Mapping]) -> None:
+    """Writes ``evaluation_items.jsonl``, a row for each item: those of this suite anew, other suites' as they were."""
+    path = Path(directory) / "evaluation_items.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["suite"] != suite]
+    new = [json.dumps({"suite": suite, **row}, ensure_ascii=False) for row in rows]
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(line + "\n" for line in kept + new), encoding="utf-8")
+    os.replace(beside, path)
 
 
 def record(directory: Path, values: Mapping, data: Mapping) -> None:

@@ -14,6 +14,7 @@ XLA_FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS)).strip()
 
 import functools  # noqa: E402  JAX reads the two variables when it is first imported
+import json  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
 
@@ -29,6 +30,7 @@ from jaxllm import checkpoint, sharding, tree, workdir  # noqa: E402
 from jaxllm.configure import section  # noqa: E402
 from jaxllm.losses import token_weights  # noqa: E402
 from jaxllm.model import DecoderConfig, build  # noqa: E402
+from jaxllm.text import hub  # noqa: E402
 from jaxllm.text.tokenizer import byte_tokenizer  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -215,3 +217,25 @@ def array_sizes():
                 yield from sizes(inner)
 
     return sizes
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """A function: name of a family -> the files of a small tokenizer of it, and what transformers makes of texts."""
+    folder = ROOT / "tests" / "interop" / "golden"
+    return functools.cache(lambda name: json.loads((folder / f"tokenizer_{name}.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="session")
+def theirs(golden, tmp_path_factory):
+    """A function: name -> that tokenizer, read from its folder."""
+
+    @functools.cache
+    def theirs(name):
+        folder = tmp_path_factory.mktemp(name)
+        for file, content in golden(name)["files"].items():
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            (folder / file).write_text(text, encoding="utf-8")
+        return hub.read(folder)
+
+    return theirs

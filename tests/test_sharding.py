@@ -73,18 +73,33 @@ def test_leaves_without_a_sharding_are_replicated(make_mesh):
     assert placed["b"].sharding == jax.NamedSharding(mesh, jax.P()) and placed["b"].dtype == np.int32
 
 
-def test_rows_of_a_batch_are_spread_over_replica_and_fsdp(make_mesh):
+@pytest.mark.parametrize("put", [sharding.global_batch, sharding.whole_batch])
+def test_rows_of_a_batch_are_spread_over_replica_and_fsdp(make_mesh, put):
     mesh = make_mesh(2, 2, 2)
     assert sharding.data_parallelism(mesh) == 4
     tokens_MBT = np.arange(2 * 4 * 3).reshape(2, 4, 3)
-    placed = sharding.global_batch({"tokens_BT": tokens_MBT}, mesh)["tokens_BT"]
+    placed = put({"tokens_BT": tokens_MBT}, mesh)["tokens_BT"]
     np.testing.assert_array_equal(placed, tokens_MBT)
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 1, 3)}
 
 
-def test_a_batch_that_the_mesh_does_not_divide_is_refused(make_mesh):
+@pytest.mark.parametrize("put", [sharding.global_batch, sharding.whole_batch])
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(make_mesh, put):
     with pytest.raises(ValueError, match=r"a micro-batch of 6 sequences is not a multiple of mesh replica x fsdp = 4"):
-        sharding.global_batch({"tokens_BT": np.zeros((1, 6, 3))}, make_mesh(2, 2, 2))
+        put({"tokens_BT": np.zeros((1, 6, 3))}, make_mesh(2, 2, 2))
+
+
+def test_rows_of_a_whole_batch_keep_their_places_whatever_process_owns_which_devices(monkeypatch):
+    """A process gives each of its devices the rows of that device's place, not the next of its own."""
+    devices = np.array(jax.devices()[:4])[[2, 0, 3, 1]].reshape(1, 4, 1)
+    mesh = jax.sharding.Mesh(devices, ("replica", "fsdp", "tensor"))
+    tokens_MBT = np.arange(2 * 4 * 3).reshape(2, 4, 3)
+    placed = sharding.whole_batch({"tokens_BT": tokens_MBT}, mesh)["tokens_BT"]
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, tokens_MBT[shard.index])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)  # whoever asks takes its own rows alone
+    again = sharding.whole_batch({"tokens_BT": tokens_MBT}, mesh)["tokens_BT"]
+    np.testing.assert_array_equal(again, tokens_MBT)
 
 
 def test_gathered_parameters_are_whole_for_every_row_and_still_cut_over_heads(make_mesh):

@@ -1,8 +1,9 @@
 """Documents to tokens, once: a directory holds the flat ids and the offsets of the documents, or does not exist.
 
-A document is BOS, its text, EOS; or a conversation as the chat template renders it, whose store has the mask of what is
-supervised beside the ids; or a unit of preferences, two such conversations whose common prompt is there once, with what
-is known of them. The order of the documents is a keyed shuffle of the source's, task by task.
+A document is a text between the tokenizer's marks of a start and an end; or a conversation as the chat template renders
+it, whose store has the mask of what is supervised beside the ids; or a unit of preferences, two such conversations
+whose common prompt is there once, with what is known of them. The order of the documents is a keyed shuffle of the
+source's, task by task.
 """
 
 import contextlib
@@ -30,7 +31,6 @@ from jaxllm.data.examples import TRAIN, VALIDATION, Example, labelled, resolved
 from jaxllm.data.selection import selected
 from jaxllm.data.sources import DocumentSource
 from jaxllm.text import chat
-from jaxllm.text.special_tokens import BOS_ID, EOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 
 _FORMAT = 1  # raise it when the same source would give other files
@@ -182,9 +182,13 @@ def _tokenise(
         for chunk in _chunks(_selected(source, config)):
             counts.update(label for label, _ in chunk)
             kept = [(label, example) for label, example in chunk if label in writers]
-            rendered = _rendered([example.content for _, example in kept], tokenizer, source)
+            rendered = _kept([example.content for _, example in kept], tokenizer, source)
             for (label, example), document in zip(kept, rendered, strict=True):
-                writers[label].append(example, document)
+                if isinstance(document, chat.Malformed):
+                    counts.subtract([label])
+                    counts.update([document.reason])
+                else:
+                    writers[label].append(example, document)
             tokens = sum(writer.num_tokens for writer in writers.values())
             progress.update(task, completed=chunk[-1][1].read, documents=counts.total(), tokens=tokens)
     _check_sides(name, source, config, counts)
@@ -208,6 +212,19 @@ def _selected(source: SourceConfig, config: DataConfig) -> Iterator[tuple[str, E
     return selected(functools.partial(labelled, source, config), source)
 
 
+def _kept(contents: list, tokenizer: Tokenizer, source: SourceConfig) -> list:
+    """Each content as ids, or why a tokenizer's own template refuses it, where that is no error of the run."""
+    try:
+        return _rendered(contents, tokenizer, source)
+    except chat.Malformed as error:
+        if source.on_error == "raise":
+            raise
+        if len(contents) == 1:
+            return [error]
+    half = len(contents) // 2
+    return [*_kept(contents[:half], tokenizer, source), *_kept(contents[half:], tokenizer, source)]
+
+
 def _rendered(
     contents: list, tokenizer: Tokenizer, source: SourceConfig
 ) -> list[chat.Rendered] | list[units.RenderedUnit]:
@@ -215,8 +232,7 @@ def _rendered(
         return units.render(contents, tokenizer)
     if source.is_chat:
         return chat.render(contents, tokenizer, turns=source.turns)
-    documents = (np.concatenate([[BOS_ID], ids, [EOS_ID]]) for ids in tokenizer.encode_batch(contents))
-    return [chat.Rendered(tokens, np.ones(len(tokens), bool)) for tokens in documents]
+    return [chat.Rendered(tokens, np.ones(len(tokens), bool)) for tokens in tokenizer.documents(contents)]
 
 
 def _chunks(labelled: Iterator[tuple[str, Example]]) -> Iterator[list[tuple[str, Example]]]:

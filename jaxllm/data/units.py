@@ -15,7 +15,6 @@ import numpy as np
 from jaxllm.data.preferences import Messages, Preference, answered
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import EOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 
 FORMAT = 2  # raise it when the same preferences would give other units
@@ -58,17 +57,20 @@ def mismatched(unit: Unit, other: Unit) -> Unit:
 
 
 def render(units: Sequence[Unit], tokenizer: Tokenizer) -> list[RenderedUnit]:
-    """Each conversation as the chat template has it, its last answer supervised, and then EOS.
+    """Each conversation as the chat template has it, its last answer supervised and last, and then EOS.
 
     EOS is not supervised: it is there so that the end of the answer is an input, where a reward is read.
     """
     documents = [unit.conversations for unit in units]
     rendered = iter(chat.render(list(chain.from_iterable(documents)), tokenizer, turns="last"))
-    return [_rendered(unit, [next(rendered) for _ in own]) for unit, own in zip(units, documents, strict=True)]
+    return [
+        _rendered(unit, [next(rendered).trimmed() for _ in own], tokenizer.eos_id)
+        for unit, own in zip(units, documents, strict=True)
+    ]
 
 
-def _rendered(unit: Unit, documents: list[chat.Rendered]) -> RenderedUnit:
-    ended = [np.append(document.tokens, EOS_ID).astype(np.int32) for document in documents]
+def _rendered(unit: Unit, documents: list[chat.Rendered], eos_id: int) -> RenderedUnit:
+    ended = [np.append(document.tokens, eos_id).astype(np.int32) for document in documents]
     marks = [np.append(document.supervised, False) for document in documents]
     differ = _first_difference(*ended) if len(ended) == 2 else 0
     shared = min(differ, *map(np.argmax, marks)) - 1 if differ else 0

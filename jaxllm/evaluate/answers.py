@@ -1,4 +1,4 @@
-"""A model's answers to prompts given as ids, and how near they come to references: ROUGE-L, exact match, length."""
+"""A model's answers to prompts given as ids, and how near they come to references: ROUGE-L, BLEU, exact match."""
 
 import functools
 import re
@@ -11,11 +11,9 @@ import jax
 
 from jaxllm.generate import Request, SamplerConfig, completions
 from jaxllm.model import Model
-from jaxllm.text.special_tokens import END_ID, EOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
-STOP_IDS = (END_ID, EOS_ID)
 Prompts = Sequence[Sequence[int]]
 
 
@@ -46,14 +44,15 @@ def answers(
     *,
     max_new_tokens: int,
     sampler: SamplerConfig,
+    stop_ids: tuple[int, ...],
     batch_size: int,
 ) -> list[Answer]:
-    """The answer to each prompt, up to the end of the turn or of the document, or ``max_new_tokens``.
+    """The answer to each prompt, up to the first of ``stop_ids`` (a tokenizer's), or ``max_new_tokens``.
 
     What is sampled for a prompt depends on it, its number and the key, not on ``batch_size``: how many are sampled at
     once. Raises as ``completions`` does.
     """
-    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
+    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids, batch_size=batch_size)
     found = dict(answered(model, params, prompts, key, **how))
     return [found[number] for number in range(len(prompts))]
 
@@ -66,6 +65,7 @@ def answered(
     *,
     max_new_tokens: int,
     sampler: SamplerConfig,
+    stop_ids: tuple[int, ...],
     batch_size: int,
     known: Collection[int] = (),
 ) -> Iterator[tuple[int, Answer]]:
@@ -79,7 +79,7 @@ def answered(
     lengths = [len(prompt) for prompt in prompts]
     by_length = sorted(range(len(prompts)), key=lengths.__getitem__, reverse=True)
     queue = deque(Request(number, prompts[number], max_new_tokens) for number in by_length if number not in known)
-    how = dict(slots=batch_size, length=max(lengths, default=0) + max_new_tokens, sampler=sampler, stop_ids=STOP_IDS)
+    how = dict(slots=batch_size, length=max(lengths, default=0) + max_new_tokens, sampler=sampler, stop_ids=stop_ids)
     for number, tokens, _, ended in completions(model, params, queue, key, **how):
         yield number, Answer(tokens.tolist(), ended)
 
@@ -123,6 +123,31 @@ def rouge_l(reference: str, answer: str) -> float:
     return _rouge().score(reference, answer)["rougeL"].fmeasure
 
 
+def sentence_bleu(references: Sequence[str], answer: str) -> tuple[float, list[int]]:
+    """BLEU of one answer against all references together, 0 to 100, and the counts that add up to a corpus's.
+
+    The package sacrebleu counts, as published numbers are (Post 2018, arXiv:1804.08771): its own tokens, cased; of a
+    single answer over the orders that it has words for. The counts are matches and n-grams of orders 1 to 4, and the
+    lengths of the answer and of the nearest reference.
+    """
+    found = _bleu().sentence_score(answer, list(references))
+    return found.score, [*found.counts, *found.totals, found.sys_len, found.ref_len]
+
+
+def corpus_bleu(counts: Sequence[float]) -> float:
+    """BLEU of a corpus, 0 to 100, from the sums of what ``sentence_bleu`` counts of its answers."""
+    *grams, answers_length, references_length = (round(count) for count in counts)
+    lengths = dict(sys_len=answers_length, ref_len=references_length)
+    return _bleu().compute_bleu(grams[:4], grams[4:], **lengths, smooth_method="exp").score
+
+
+@functools.cache
+def _bleu():
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)
+
+
 @functools.cache
 def _rouge():
     # Imported where it is used: it brings nltk, which takes as long to load as jax.
@@ -139,5 +164,5 @@ class _Words:
 
 
 def _text(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
-    stop = next((place for place, token in enumerate(ids) if token in STOP_IDS), len(ids))
+    stop = next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))
     return tokenizer.decode(ids[:stop])

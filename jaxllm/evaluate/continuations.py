@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxllm.evaluate.answers import STOP_IDS, answers
+from jaxllm.evaluate.answers import answers
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
-from jaxllm.text.special_tokens import BOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -27,7 +26,7 @@ def continuations(
 
     ``read`` makes ids of a prompt; unless told, it is the start of a document.
     """
-    read = read or (lambda prompt: [BOS_ID, *tokenizer.encode(prompt)])
-    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=len(prompts))
+    read = read or tokenizer.opening
+    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=len(prompts), stop_ids=tokenizer.stop_ids)
     found = answers(model, params, [read(prompt) for prompt in prompts], key, **how)
-    return [tokenizer.decode(token for token in answer.tokens if token not in STOP_IDS) for answer in found]
+    return [tokenizer.decode(token for token in answer.tokens if token not in tokenizer.stop_ids) for answer in found]

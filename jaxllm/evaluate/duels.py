@@ -27,8 +27,9 @@ from jaxllm import workdir
 from jaxllm.checkpoint import whole_steps
 from jaxllm.evaluate import judges as judging
 from jaxllm.evaluate import questions
-from jaxllm.evaluate.answers import STOP_IDS, Answer, answers
+from jaxllm.evaluate.answers import Answer, answers
 from jaxllm.evaluate.judges import Judge
+from jaxllm.evaluate.measures import plain
 from jaxllm.evaluate.ranking import Game, Rating, agreement, bradley_terry, win_rate
 from jaxllm.evaluate.rows import by_length
 from jaxllm.figures import Point
@@ -53,11 +54,11 @@ class Sampling:
     batch_size: int = 16
     seed: int = 0
 
-    def answers(self, model: Model, params: Tree, prompts: Ids, number: int = 0) -> list[Answer]:
-        """The answer to each prompt; ``number`` tells several of one player apart."""
+    def answers(self, player: "Loaded", prompts: Ids, number: int = 0) -> list[Answer]:
+        """The player's answer to each prompt; ``number`` tells several of one player apart."""
         key = jax.random.fold_in(jax.random.key(self.seed), number)
         how = dict(max_new_tokens=self.max_new_tokens, sampler=self.sampler, batch_size=self.batch_size)
-        return answers(model, params, prompts, key, **how)
+        return answers(player.model, player.params, prompts, key, stop_ids=player.tokenizer.stop_ids, **how)
 
 
 class Player(NamedTuple):
@@ -158,7 +159,7 @@ def contest(
     saved = {each: workdir.saved(each.run, step=each.step) for each in (reference, *labels)}
     asked = _asked(saved, prompts, sampling.max_new_tokens)
     first = _loaded(saved[reference])
-    found = {str(reference): sampling.answers(first.model, first.params, asked.ids)}
+    found = {str(reference): sampling.answers(first, asked.ids)}
     rows = [{"label": "reference", "player": str(reference)}]
     doing = dict(console=Console(stderr=True), disable=not sys.stderr.isatty())
     for each, label in track(labels.items(), "answers", **doing):
@@ -171,7 +172,7 @@ def contest(
     texts = {name: [spoken(first.tokenizer, answer) for answer in given] for name, given in found.items()}
     rows = [row | _lengths(found[row["player"]], texts[row["player"]]) for row in rows]
     how = {"prompts": len(asked.prompts), "too_long": asked.too_long, "sampling": dataclasses.asdict(sampling)}
-    return Contest(_plain(how | _judged(rows, texts, asked.prompts, judges)), asked.prompts, texts)
+    return Contest(plain(how | _judged(rows, texts, asked.prompts, judges)), asked.prompts, texts)
 
 
 def ranking(found: Contest, judge: Judge) -> list[Rating]:
@@ -249,7 +250,7 @@ def answer_logps(model: Model, params: Tree, prompts: Ids, found: Ids, *, batch_
 
 def spoken(tokenizer: Tokenizer, answer: Answer) -> str:
     """The text of an answer, without its stop token."""
-    return tokenizer.decode(token for token in answer.tokens if token not in STOP_IDS)
+    return tokenizer.decode(token for token in answer.tokens if token not in tokenizer.stop_ids)
 
 
 def points(report: Mapping[str, Any]) -> dict[str, list[Point]]:
@@ -301,15 +302,15 @@ def _asked(saved: Mapping[Player, workdir.Saved], prompts: Sequence[Conversation
 
 def _played(policy: Loaded, reference: Loaded, asked: Asked, sampling: Sampling) -> tuple[list[Answer], Divergence]:
     """A player's answers, and how far it is from the reference."""
-    given = own = sampling.answers(policy.model, policy.params, asked.ids)
+    given = own = sampling.answers(policy, asked.ids)
     if sampling.sampler != PLAIN:  # what is drawn so is not the policy's own
-        own = dataclasses.replace(sampling, sampler=PLAIN).answers(policy.model, policy.params, asked.ids)
+        own = dataclasses.replace(sampling, sampler=PLAIN).answers(policy, asked.ids)
     return given, divergence(policy, reference, asked.ids, own, batch_size=sampling.batch_size)
 
 
 def _best(reference: Loaded, asked: Asked, sampling: Sampling, count: int, by: Judge) -> list[Answer]:
     """The best of so many answers of the reference to each prompt, none of which it plays with itself."""
-    drawn = [sampling.answers(reference.model, reference.params, asked.ids, number) for number in range(1, count + 1)]
+    drawn = [sampling.answers(reference, asked.ids, number) for number in range(1, count + 1)]
     several = list(zip(*drawn, strict=True))
     texts = [[spoken(reference.tokenizer, answer) for answer in each] for each in several]
     worth, _ = judging.points(by, asked.prompts, texts)
@@ -341,12 +342,3 @@ def _judged(rows: list[dict], texts: Mapping[str, list[str]], prompts, judges: M
         for found in [agreement(np.concatenate(said[one]), np.concatenate(said[other]))]
     ]
     return {"players": rows} | ({"agreements": agreements} if agreements else {})
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no number that is not finite: null stands for it."""
-    if isinstance(value, Mapping):
-        return {name: _plain(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -20,7 +20,6 @@ from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import END_ID
 from jaxllm.tree import Tree
 
 BATCH_SIZE = 32
@@ -78,7 +77,8 @@ def accuracy(
         saved = workdir.saved(directory, step=step)
         _require_scalar_head(directory, saved)
         documents = [document for pair in pairs for document in pair.conversations]
-        ids = [rendered.tokens for rendered in chat.render(documents, saved.tokenizer, turns="last")]
+        rendered = chat.render(documents, saved.tokenizer, turns="last")
+        ids = [each.trimmed().tokens for each in rendered]
         found = rewards(saved.model, saved.params(), ids).reshape(-1, 2)
         each.append(found[:, 0] - found[:, 1])
     margins, spread = np.mean(each, axis=0), np.std(each, axis=0)
@@ -145,7 +145,8 @@ def _member(directory: str | os.PathLike, step: int | None) -> Callable[[Sequenc
 
     def score(prompts: Sequence[Conversation], answers: Sequence[str]) -> np.ndarray:
         pairs = zip(prompts, answers, strict=True)
-        ids = [[*chat.prompt(prompt, saved.tokenizer, start=answer), END_ID] for prompt, answer in pairs]
+        tokenizer = saved.tokenizer
+        ids = [[*chat.prompt(prompt, tokenizer, start=answer), tokenizer.end_id] for prompt, answer in pairs]
         return (rewards(saved.model, params, ids) - own.mean) / own.deviation
 
     return score

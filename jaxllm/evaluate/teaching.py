@@ -22,7 +22,6 @@ from jaxllm.data.loader import rows_by_side
 from jaxllm.data.packing import Rows
 from jaxllm.data.tokens import Split, TokenStore
 from jaxllm.model import Model, parameter_rules
-from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.train.objectives import ObjectiveConfig, likeliest
 from jaxllm.train.preferences import ask_reference
 from jaxllm.tree import Tree
@@ -101,7 +100,8 @@ def asked(
         parts = lambda: _answers(ask(), rows, batch_size, f"ask the {question.name} about {name}")  # noqa: E731
         return annotated(store, Path(directory) / f"{name}-{question.name}-{digest[:16]}", question.kinds, parts)
 
-    rows = {name: rows_by_side(name, store, data, pad_id=PAD_ID) for name, store in stores.items()}
+    # Which id lies where no token is changes no answer.
+    rows = {name: rows_by_side(name, store, data, pad_id=0) for name, store in stores.items()}
     return {name: Split(*map(partial(beside, name), store, rows[name])) for name, store in stores.items()}
 
 

@@ -12,7 +12,6 @@ from jaxllm.generate.programs import CHUNK
 from jaxllm.generate.sampler import SamplerConfig
 from jaxllm.generate.slots import Request, check, completions, looks
 from jaxllm.model import Model
-from jaxllm.text.special_tokens import EOS_ID, PAD_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -40,15 +39,16 @@ def generate(
     *,
     max_new_tokens: int,
     sampler: SamplerConfig = SamplerConfig(),
-    stop_ids: tuple[int, ...] = (EOS_ID,),
-    pad_id: int = PAD_ID,
+    stop_ids: tuple[int, ...] = (),
+    pad_id: int = 0,
 ) -> Completions:
     """Samples up to ``max_new_tokens`` after the first ``lengths_B`` tokens of each row.
 
-    A row ends with the first of ``stop_ids``. Whatever lies behind a prompt's length is ignored. What a row samples
-    depends on its prompt, its number in the batch and the key alone. Compiles as ``completions`` does, of which this is
-    one call with a slot for each row: under a mesh the batch need not divide. Raises ``ValueError`` for a prompt that
-    is empty or longer than its row, an id outside of the vocabulary, ``max_new_tokens`` below 1.
+    A row ends with the first of ``stop_ids``: a tokenizer has them. Whatever lies behind a prompt's length is ignored,
+    and behind a row's end is ``pad_id``. What a row samples depends on its prompt, its number in the batch and the key
+    alone. Compiles as ``completions`` does, of which this is one call with a slot for each row: under a mesh the batch
+    need not divide. Raises ``ValueError`` for a prompt that is empty or longer than its row, an id outside of the
+    vocabulary, ``max_new_tokens`` below 1.
     """
     _check(np.shape(prompts_BT), np.asarray(lengths_B))
     prompts_BT, lengths_B = np.asarray(prompts_BT), np.asarray(lengths_B)
@@ -73,17 +73,19 @@ def stream(
     *,
     max_new_tokens: int,
     sampler: SamplerConfig = SamplerConfig(),
-    stop_ids: tuple[int, ...] = (EOS_ID,),
+    stop_ids: tuple[int, ...] | None = None,
     chunk: int = 8,
 ) -> Iterator[str]:
     """The text that ``generate`` samples after one prompt, in pieces of ``chunk`` tokens (32 at most), never cut inside
     a character.
 
-    Joined, the pieces are the decoded completion without its stop token. Raises as ``generate`` does.
+    Joined, the pieces are the decoded completion without its stop token, one of the tokenizer's
+    unless told. Raises as ``generate`` does.
     """
     request, length = Request(0, [int(token) for token in prompt_T], max_new_tokens), len(prompt_T) + max_new_tokens
     check(model, request, length)
-    how = dict(slots=1, length=length, sampler=sampler, stop_ids=tuple(stop_ids), limit=min(chunk, CHUNK))
+    stop_ids = tokenizer.stop_ids if stop_ids is None else tuple(stop_ids)
+    how = dict(slots=1, length=length, sampler=sampler, stop_ids=stop_ids, limit=min(chunk, CHUNK))
     text, sent = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
     for (sample,) in looks(model, params, collections.deque([request]), key, **how):
         new, sent = sample.tokens[sent:], len(sample.tokens)

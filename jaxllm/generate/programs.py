@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxllm.generate.sampler import SamplerConfig, sample
 from jaxllm.model import Model, decoding
 from jaxllm.sharding import place, spec
-from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.tree import Tree
 
 # Tokens of each slot between two looks of the host, at most. A look takes a tenth of a small model's token on a CPU.
@@ -73,7 +72,7 @@ def advance(
     """
     turn = Turn(*(place(jnp.asarray(x), "b") for x in turn))
     shape, limit = (len(turn.tokens_B), CHUNK), jnp.minimum(limit, CHUNK)
-    drawn = Drawn(*(jnp.full(shape, x, out_sharding=spec("bt")) for x in (PAD_ID, 0.0, False)))
+    drawn = Drawn(*(jnp.full(shape, x, out_sharding=spec("bt")) for x in (0, 0.0, False)))
     state = State({"layers": layers, "length_B": turn.lengths_B}, turn.tokens_B, turn.left_B, jnp.int32(0), drawn)
 
     def unfinished(state):

@@ -18,7 +18,6 @@ from jaxllm.generate.programs import CHUNK, Drawn, Turn
 from jaxllm.generate.sampler import SamplerConfig
 from jaxllm.model import Model
 from jaxllm.sharding import data_parallelism, place
-from jaxllm.text.special_tokens import EOS_ID
 from jaxllm.tree import Tree
 
 # Prompts that are read together.
@@ -58,16 +57,16 @@ def completions(
     slots: int,
     length: int,
     sampler: SamplerConfig = SamplerConfig(),
-    stop_ids: tuple[int, ...] = (EOS_ID,),
+    stop_ids: tuple[int, ...] = (),
 ) -> Iterator[Completion]:
     """A completion of each request, as they finish; the queue is emptied from its left.
 
     Between two of them the caller may append to the queue: a conversation goes on as a request with the same number and
-    a longer prompt. Up to ``slots`` are sampled at once, each of up to ``length`` tokens with its prompt. Neighbours in
-    the queue with the same prompt share one reading of it. Several processes give the same queue, and get every
-    completion. Compiles once per ``bucket`` of the prompts' lengths, and once per bucket of positions and number of
-    slots (``slots`` and its halves) that are filled. Raises ``ValueError`` for requests that do not fit: for those in
-    the queue now, for others when their turn comes.
+    a longer prompt. Up to ``slots`` are sampled at once, each of up to ``length`` tokens with its prompt, the first of
+    ``stop_ids`` its last. Neighbours in the queue with the same prompt share one reading of it. Several processes give
+    the same queue, and get every completion. Compiles once per ``bucket`` of the prompts' lengths, and once per bucket
+    of positions and number of slots (``slots`` and its halves) that are filled. Raises ``ValueError`` for requests that
+    do not fit: for those in the queue now, for others when their turn comes.
     """
     if slots < 1:
         raise ValueError(f"slots={slots} must be at least 1")

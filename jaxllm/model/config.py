@@ -4,9 +4,9 @@ dataclass.
 
 import dataclasses
 
-# What a layer of the repeated pattern may be: full attention, attention inside a sliding window, full attention without
-# RoPE.
-LAYER_KINDS = ("global", "local", "nope")
+# What a layer of the repeated pattern may be: full attention, attention inside a sliding window, and both without RoPE.
+LAYER_KINDS = ("global", "local", "nope", "local_nope")
+WINDOWED, UNROTATED = ("local", "local_nope"), ("nope", "local_nope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 QK_NORMS = ("none", "head", "all")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
@@ -113,9 +113,11 @@ class DecoderConfig:
             raise ValueError(
                 "model.layer_pattern=() must name at least one layer kind; ('global',) makes every layer attend to all"
             )
-        if "local" in self.layer_pattern and self.sliding_window < 1:
+        windowed = next((kind for kind in self.layer_pattern if kind in WINDOWED), None)
+        if windowed and self.sliding_window < 1:
             raise ValueError(
-                f"model.sliding_window={self.sliding_window} must be at least 1 where model.layer_pattern has 'local'"
+                f"model.sliding_window={self.sliding_window} must be at least 1 where model.layer_pattern has "
+                f"{windowed!r}"
             )
         if not (self.pre_norm or self.post_norm):
             raise ValueError("model.pre_norm and model.post_norm are both False: a block needs one of them")

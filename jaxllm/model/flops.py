@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, counted from the configuration."""
 
-from jaxllm.model.config import DecoderConfig
+from jaxllm.model.config import WINDOWED, DecoderConfig
 
 
 def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
@@ -13,7 +13,7 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
     D, F, N, K, H = config.width, config.mlp_width, config.num_heads, config.num_kv_heads, config.head_width
     layer = D * H * (2 * N + 2 * K) + 3 * D * F
     spans = [
-        min(sequence_length, config.sliding_window) if kind == "local" else sequence_length
+        min(sequence_length, config.sliding_window) if kind in WINDOWED else sequence_length
         for kind in config.layer_kinds
     ]
     return 6.0 * (config.num_layers * layer + D * config.vocab_size) + 12.0 * N * H * sum(spans)

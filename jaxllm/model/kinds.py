@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.model import rope
-from jaxllm.model.config import DecoderConfig
+from jaxllm.model.config import WINDOWED, DecoderConfig
 
 NO_WINDOW = 2**30
 
@@ -17,7 +17,7 @@ class LayerKinds:
     def __init__(self, config: DecoderConfig, positions_BT: jax.Array):
         kinds = sorted(set(config.layer_kinds))
         self.tables = [rope.table(config.rope, config.head_width, positions_BT, kind) for kind in kinds]
-        self.windows = [config.sliding_window if kind == "local" else None for kind in kinds]
+        self.windows = [config.sliding_window if kind in WINDOWED else None for kind in kinds]
         several = len(kinds) > 1
         self.index_L = jnp.array([kinds.index(kind) for kind in config.layer_kinds]) if several else None
         if several:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.model.config import RopeConfig
+from jaxllm.model.config import UNROTATED, RopeConfig
 from jaxllm.sharding import spec
 
 
@@ -52,7 +52,7 @@ def table(config: RopeConfig, head_width: int, positions_BT: jax.Array, kind: st
     are cut into 1024 a + b instead, both tables are made in float64, and the two rotations are multiplied.
     """
     inverse, factor = wavelengths(config, head_width, local=kind == "local")
-    if kind == "nope":
+    if kind in UNROTATED:
         inverse, factor = np.zeros_like(inverse), 1.0
     (cos_a, sin_a), (cos_b, sin_b) = (
         (_rows(np.cos(angles), index_BT), _rows(np.sin(angles), index_BT))

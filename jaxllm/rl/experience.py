@@ -20,7 +20,7 @@ from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
 from jaxllm.rl.config import RolloutConfig
 from jaxllm.rl.layout import Batch, Sample, Shape, layout
-from jaxllm.rl.report import Group, explained_variance, failures, measured, shown, warnings
+from jaxllm.rl.report import Group, explained_variance, failures, measured, shown, undecided, warnings
 from jaxllm.rl.rewarding import Rewarding
 from jaxllm.rl.sampling import Limits, Sampled, sampled
 from jaxllm.rl.tools import TOOLS, Tool
@@ -53,7 +53,7 @@ class Experience:
     policy: PolicyConfig
     shape: Shape
     assess: Callable | None  # (params, batch [M, B, T], **frozen) -> columns [M, B, T], if any is needed
-    place: Callable  # host batch -> global arrays
+    place: Callable  # whole host batch -> global arrays, row by row
     seed: int
     drawn: Drawn | None = None
     told: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -129,9 +129,7 @@ class Experience:
     def probe(self, params: Tree, problems: Sequence[Problem]) -> dict[str, float]:
         """Answers to held-out problems and what they are worth, as means."""
         sampler = SamplerConfig(self.config.validation_temperature)
-        groups = self._asked(params, problems, 1, jax.random.key(self.seed), sampler)
-        found = measured(groups)
-        return {name: found[name] for name in found if name != "undecided"}
+        return measured(self._asked(params, problems, 1, jax.random.key(self.seed), sampler))
 
     def rows(self) -> list[dict[str, Any]]:
         """The table of the last rollout: prompts, completions, rewards."""
@@ -161,6 +159,8 @@ class Experience:
             "assess_seconds": time.perf_counter() - ended,
         }
         told |= measured(groups) | seconds | waited | {"drawn_again": drawn_again, "too_long": self.too_long}
+        if self.policy.advantage in GROUPED:
+            told["undecided"] = undecided(groups)
         told["rollout_tokens_per_second"] = tokens / seconds["rollout_seconds"]
         self._warn(told, groups)
         return Drawn(samples, columns), told
@@ -260,7 +260,7 @@ class Experience:
         for start in range(0, len(samples), size):
             some = samples[start : start + size]
             laid = layout(some, self.shape)
-            found = jax.device_get(self.assess(params, self.place(_shares(laid.batch)), **frozen))
+            found = jax.device_get(self.assess(params, self.place(laid.batch), **frozen))
             read = partial(laid.read, lengths=_lengths(some), width=self.limits.new)
             parts.append({name: read(values_MBT) for name, values_MBT in found.items()})
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -337,7 +337,7 @@ def experience(
     held_out: float,
     seed: int,
 ) -> Experience:
-    """Made of what the config says; ``place`` puts a host batch on the devices. ``ValueError`` names what does not fit
+    """Made of what the config says; ``place`` puts a whole batch on the devices. ``ValueError`` names what does not fit
     together.
     """
     for name in ("sources", "rewards"):

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.text.special_tokens import PAD_ID
-
 Batch = dict[str, np.ndarray]
+# The id where no token is: any does, since nothing that counts reads it.
+FILLER = 0
 
 
 class Sample(NamedTuple):
@@ -73,7 +73,7 @@ def layout(samples: Sequence[Sample], shape: Shape) -> Layout:
     total = shape.micro_batches * shape.rows
     if len(samples) > total:
         raise ValueError(f"{len(samples)} samples may need as many rows, and there are {total}: raise loop.batch_size")
-    kinds = {"tokens_BT": PAD_ID, "targets_BT": PAD_ID, "positions_BT": 0, "segments_BT": 0, "parents_BT": 0}
+    kinds = {"tokens_BT": FILLER, "targets_BT": FILLER, "positions_BT": 0, "segments_BT": 0, "parents_BT": 0}
     batch = {name: np.full((total, shape.length), fill, np.int32) for name, fill in kinds.items()}
     batch["mask_BT"] = np.zeros((total, shape.length), bool)
     used, segments, places = np.zeros(total, int), np.zeros(total, int), []

@@ -8,7 +8,6 @@ import numpy as np
 from jaxllm.evaluate.answers import answers
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
-from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.tree import Tree
 
 Batch = dict[str, np.ndarray]
@@ -22,8 +21,8 @@ def rows(prompts: Sequence[Ids], completions: Sequence[Ids], *, length: int, mic
     """
     B = len(prompts)
     batch = {
-        "tokens_BT": np.full((B, length), PAD_ID, np.int32),
-        "targets_BT": np.full((B, length), PAD_ID, np.int32),
+        "tokens_BT": np.zeros((B, length), np.int32),
+        "targets_BT": np.zeros((B, length), np.int32),
         "positions_BT": np.zeros((B, length), np.int32),
         "segments_BT": np.zeros((B, length), np.int32),
         "mask_BT": np.zeros((B, length), bool),
@@ -49,6 +48,7 @@ def on_policy(
     length: int,
     max_new_tokens: int,
     sampler: SamplerConfig,
+    stop_ids: tuple[int, ...],
     seed: int,
 ) -> Callable[..., tuple[Batch, dict]]:
     """A function (params, batch, step) -> (the batch, nothing to log); at a ``fraction`` of the steps the batch is one
@@ -71,7 +71,7 @@ def on_policy(
             return batch, {}
         chosen = [asked[number] for number in draw.integers(len(asked), size=batch_size)]
         key = jax.random.fold_in(jax.random.key(seed), step)
-        how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
+        how = dict(max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids, batch_size=batch_size)
         completions = [answer.tokens for answer in answers(model, params, chosen, key, **how)]
         whole = rows(chosen, completions, length=length, micro_batches=micro_batches)
         return {name: _share(array) for name, array in whole.items()}, {}

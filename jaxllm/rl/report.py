@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
 
 def measured(groups: Sequence[Group]) -> dict[str, float]:
-    """Of a rollout: rewards, lengths, and how many groups have nothing to teach."""
+    """Of a rollout: rewards and lengths."""
     verdicts = [verdict for group in groups for verdict in group.verdicts]
     answers = [answer for group in groups for answer in group.answers]
     lengths = [len(answer.sample.tokens) for answer in answers]
@@ -45,8 +45,12 @@ def measured(groups: Sequence[Group]) -> dict[str, float]:
         "completion_tokens": _mean(lengths),
         "completion_tokens_max": float(max(lengths)),
         "clipped_fraction": _mean(not answer.ended for answer in answers),
-        "undecided": _mean(not group.is_decided for group in groups),
     }
+
+
+def undecided(groups: Sequence[Group]) -> float:
+    """The share of groups that have nothing to teach."""
+    return _mean(not group.is_decided for group in groups)
 
 
 def failures(groups: Sequence[Group]) -> list[str]:
@@ -81,7 +85,7 @@ def warnings(told: Mapping[str, float]) -> list[str]:
     found = {
         "most completions are cut at rollout.max_new_tokens": told["clipped_fraction"] > 0.5,
         "nearly no completion ends by itself": told["clipped_fraction"] > 0.95,
-        "in nearly all groups every completion is worth the same, so nothing is learned": told["undecided"] > 0.9,
+        "in most groups every completion is worth the same, so nothing is learned": told.get("undecided", 0) > 0.9,
         "the estimate of the KL is below 0: sampler and trainer disagree": "kl" in told and told["kl"] < -0.05,
     }
     return [text for text, holds in found.items() if holds]

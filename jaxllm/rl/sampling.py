@@ -8,13 +8,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jaxllm.evaluate.answers import STOP_IDS
 from jaxllm.generate import Request, SamplerConfig, completions
 from jaxllm.model import Model
 from jaxllm.rl.layout import Sample
 from jaxllm.rl.tools import Tool
 from jaxllm.text import chat
-from jaxllm.text.special_tokens import END_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -64,12 +62,12 @@ def sampled(
     queue = deque(Request(number, prompt, limits.new) for number, prompt in enumerate(prompts))
     said: dict[int, _Turn] = {}
     how = dict(slots=slots, length=limits.prompt + limits.new)
-    for done in completions(model, params, queue, key, **how, sampler=sampler, stop_ids=STOP_IDS):
+    for done in completions(model, params, queue, key, **how, sampler=sampler, stop_ids=tokenizer.stop_ids):
         turn = said.setdefault(done.number, _Turn([], [], []))
         _extend(turn, done.tokens, True, done.logp)
         message = chat.parse(done.tokens, tokenizer)
         left = limits.new - sum(map(len, turn.tokens))
-        reply = _reply(tokenizer, tools, message) if done.tokens[-1] == END_ID else []
+        reply = _reply(tokenizer, tools, message) if done.tokens[-1] == tokenizer.end_id else []
         if reply and len(turn.tokens) < 2 * limits.turns - 1 and len(reply) < left:
             _extend(turn, np.array(reply, np.int32), False, np.zeros(len(reply), np.float32))
             prompt = [*prompts[done.number], *np.concatenate(turn.tokens).tolist()]
@@ -89,8 +87,7 @@ def _reply(tokenizer: Tokenizer, tools: Mapping[str, Tool], message: Mapping) ->
     """Ids of what the tools say to the message's calls, up to where the assistant speaks again; none without a call."""
     calls = message["tool_calls"] if "tool_calls" in message and tools else ()
     answers = [{"role": "tool", "content": _called(tools, call)} for call in calls]
-    # Without the <|bos|> that every conversation begins with.
-    return chat.prompt(chat.Conversation(tuple(answers)), tokenizer)[1:] if answers else []
+    return chat.reply(message, answers, tokenizer) if answers else []
 
 
 def _called(tools: Mapping[str, Tool], call: Mapping) -> str:

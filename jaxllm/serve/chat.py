@@ -17,12 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxllm import workdir
-from jaxllm.evaluate.answers import STOP_IDS, answers
+from jaxllm.evaluate.answers import answers
 from jaxllm.generate import SamplerConfig, stream
 from jaxllm.model import Model
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import IDS, TOOL_CALL
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -104,7 +103,7 @@ def reply(speaker: Speaker, conversation: Conversation, manner: Manner, number: 
     _, length = manner.room(speaker)
     prompt = chat.prompt(conversation, speaker.tokenizer)
     key = jax.random.fold_in(jax.random.key(manner.seed), number)
-    how = dict(max_new_tokens=length, sampler=manner.sampler, stop_ids=STOP_IDS)
+    how = dict(max_new_tokens=length, sampler=manner.sampler, stop_ids=speaker.tokenizer.stop_ids)
     return stream(speaker.model, speaker.params, speaker.tokenizer, prompt, key, **how)
 
 
@@ -144,8 +143,9 @@ def replies(speaker: Speaker, questions: Sequence[str], manner: Manner, *, syste
     conversations = (asked(opening(system), question) for question in questions)
     prompts = [chat.prompt(fitted(x, speaker.tokenizer, room)[0], speaker.tokenizer) for x in conversations]
     how = dict(max_new_tokens=length, sampler=manner.sampler, batch_size=min(16, len(prompts)))
+    how["stop_ids"] = stop_ids = speaker.tokenizer.stop_ids
     found = answers(speaker.model, speaker.params, prompts, jax.random.key(manner.seed), **how)
-    texts = (speaker.tokenizer.decode(token for token in answer.tokens if token not in STOP_IDS) for answer in found)
+    texts = (speaker.tokenizer.decode(token for token in answer.tokens if token not in stop_ids) for answer in found)
     return list(texts)
 
 
@@ -200,10 +200,4 @@ def _exchange(speaker, conversation, question, manner, number, show) -> Conversa
     if not answer.strip():
         show("(an empty answer: the question is forgotten)\n")
         return kept._replace(messages=kept.messages[:-1])
-    return kept._replace(messages=(*kept.messages, _message(answer, speaker.tokenizer)))
-
-
-def _message(answer: str, tokenizer: Tokenizer) -> dict:
-    """The assistant's message that a streamed text spells, its calls among it."""
-    first, *calls = map(tokenizer.encode, answer.split(TOOL_CALL))
-    return chat.parse(sum(([IDS[TOOL_CALL], *call] for call in calls), first), tokenizer)
+    return kept._replace(messages=(*kept.messages, chat.message(answer, speaker.tokenizer)))

@@ -21,12 +21,11 @@ from jaxllm.data import conversations
 from jaxllm.data.config import AUTO, SourceConfig
 from jaxllm.data.examples import resolved
 from jaxllm.data.sources import DocumentSource
-from jaxllm.evaluate.answers import STOP_IDS, Answer, answered
+from jaxllm.evaluate.answers import Answer, answered
 from jaxllm.generate import SamplerConfig
 from jaxllm.model import Model
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import BOS_ID
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -59,8 +58,8 @@ def prefixes(path: str, tokenizer: Tokenizer, *, field: str = "text", length: in
         raise ValueError(f"prefix_tokens={length} must be at least 1")
     encoded = (tokenizer.encode(document.text) for document in DocumentSource(path, field).documents())
     record = functools.partial(_continued, tokenizer)
-    tasks = (Task([BOS_ID, *ids[:length]], functools.partial(record, ids[:length])) for ids in encoded)
-    return _tasks((task for task in tasks if len(task.prompt) > length), path, limit)
+    tasks = (Task([*tokenizer.bos_ids, *ids[:length]], functools.partial(record, ids[:length])) for ids in encoded)
+    return _tasks((task for task in tasks if len(task.prompt) == length + len(tokenizer.bos_ids)), path, limit)
 
 
 def write(
@@ -72,6 +71,7 @@ def write(
     made_by: Mapping[str, Any],
     max_new_tokens: int,
     sampler: SamplerConfig,
+    stop_ids: tuple[int, ...],
     batch_size: int,
     seed: int,
 ) -> Counter:
@@ -82,7 +82,7 @@ def write(
     decides the answers: it is kept in ``path`` + ``.made_by``, and where that says something else ``ValueError`` names
     the difference. Whatever lies at ``path`` without it is not overwritten: ``ValueError`` too.
     """
-    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
+    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, stop_ids=stop_ids, batch_size=batch_size)
     prompts = [task.prompt for task in tasks]
 
     def records(known: set[int]) -> Entries:
@@ -151,7 +151,7 @@ def _replied(tokenizer: Tokenizer, conversation: Conversation, answer: Answer) -
 
 def _continued(tokenizer: Tokenizer, prefix: list[int], answer: Answer) -> dict[str, Any] | str:
     """The text as far as the teacher wrote it, whether it came to an end or not."""
-    return {"text": tokenizer.decode([*prefix, *(token for token in answer.tokens if token not in STOP_IDS)])}
+    return {"text": tokenizer.decode([*prefix, *(token for token in answer.tokens if token not in tokenizer.stop_ids)])}
 
 
 def _begin(path: Path, made_by: Mapping[str, Any]) -> None:

@@ -105,7 +105,7 @@ def write(
     if samples < choice.least:
         raise ValueError(f"samples={samples} must be at least {choice.least}: answers to choose from")
     ids = [chat.prompt(prompt, tokenizer) for prompt in prompts for _ in range(samples)]
-    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size)
+    how = dict(max_new_tokens=max_new_tokens, sampler=sampler, batch_size=batch_size, stop_ids=tokenizer.stop_ids)
     sampled = partial(answered, model, params, ids, jax.random.key(seed), **how)
     judged = Path(path).with_name(f"{Path(path).name}.judged")
 

@@ -181,7 +181,8 @@ def _answer(work: Work, number: int) -> None:
     model, params, tokenizer = workdir.load(work.run(number))
     tasks = [_task(question, tokenizer) for question in work.questions]
     how = {"made_by": {**work.made_by, "by": workdir.saved(work.run(number)).identity}, "seed": work.manner.seed}
-    dataset.write(_answers_path(work, number), tasks, model, params, **how, **work.manner.sampling)
+    how |= {"stop_ids": tokenizer.stop_ids, **work.manner.sampling}
+    dataset.write(_answers_path(work, number), tasks, model, params, **how)
 
 
 def _answers(work: Work, number: int) -> list[str]:

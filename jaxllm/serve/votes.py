@@ -153,6 +153,7 @@ def _answers(
     asked = [spelled for spelled in prompts if len(ids[spelled]) <= room]
     yield from ((spelled, None) for spelled in prompts if len(ids[spelled]) > room)
     how = dict(max_new_tokens=length, sampler=manner.sampler, batch_size=batch_size)
+    how["stop_ids"] = speaker.tokenizer.stop_ids
     key = jax.random.key(manner.seed)
     for number, answer in answered(speaker.model, speaker.params, [ids[each] for each in asked], key, **how):
         yield asked[number], spoken(speaker.tokenizer, answer)

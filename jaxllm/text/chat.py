@@ -1,7 +1,8 @@
-"""The one chat template: messages to ids and the mask of what is supervised, and a completion's ids to a message.
+"""Messages to ids and the mask of what is supervised, and a completion's ids to a message, by the one chat template.
 
-Training, prompts, evaluation, chat and export all use it. Control tokens are added by id, so that no text becomes one;
-an assistant's own <think> and <answer> tags are the exception. A conversation has no blank or newline of its own:
+Training, prompts, evaluation, chat and export all use it; for a tokenizer with another template, `template` answers.
+Control tokens are added by id, so that no text becomes one; an assistant's own <think> and <answer> tags are the
+exception. A conversation has no blank or newline of its own:
 
     <|bos|> [<|tools|> JSON <|end|>] (role content (<|tool_call|> JSON)* <|end|>)*
 """
@@ -10,16 +11,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jaxllm.text import special_tokens as special
-from jaxllm.text.special_tokens import BOS_ID, END_ID, EOS_ID, IDS
-from jaxllm.text.tokenizer import Tokenizer
+from jaxllm.text import template
+from jaxllm.text.base import Tokenizer
+from jaxllm.text.conversation import TURNS, Conversation, Malformed, Rendered, answer, is_call
+from jaxllm.text.special_tokens import BOS_ID, END_ID, IDS
 
 ROLES = {"system": special.SYSTEM, "user": special.USER, "assistant": special.ASSISTANT, "tool": special.TOOL}
-TURNS = {"all": slice(None), "last": slice(-1, None)}  # which of the assistant's turns are supervised
 _TAGS = re.compile(f"({special.THINK}|{special.END_THINK}|{special.ANSWER}|{special.END_ANSWER})")
 _ASSISTANT_ID, _TOOLS_ID, _TOOL_CALL_ID = IDS[special.ASSISTANT], IDS[special.TOOLS], IDS[special.TOOL_CALL]
 
@@ -34,31 +36,6 @@ JINJA = (
 )
 
 
-class Conversation(NamedTuple):
-    """messages: mappings of "role", "content" and, of an assistant, "tool_calls": [{"name", "arguments"}, ...].
-
-    tools: definitions of what the assistant may call, as JSON can hold them.
-    """
-
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-class Rendered(NamedTuple):
-    """tokens: int32 ids. supervised: bool for each, True for what a model learns to say."""
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-
-
-class Malformed(ValueError):
-    """What cannot be used, why, and the mend. reason: a short name for it, to count by."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
 def render(conversations: Sequence[Conversation], tokenizer: Tokenizer, *, turns: str = "all") -> list[Rendered]:
     """Ids and mask of each conversation. Supervised are an assistant's content, its calls and the end of its turn.
 
@@ -66,10 +43,14 @@ def render(conversations: Sequence[Conversation], tokenizer: Tokenizer, *, turns
       turns: "all" of the assistant's turns, or the "last" one.
 
     Raises:
-      Malformed: an unknown role, a content that is no text, no answer or an empty one.
+      Malformed: an unknown role, a content that is no text, no answer or an empty one; or what a template refuses.
+      ValueError: a tokenizer of others without a template.
     """
     pieces = [_conversation(conversation, turns) for conversation in conversations]
-    encoded = _encoded([[piece for piece, _ in each] for each in pieces], tokenizer)
+    if tokenizer.template:
+        return template.render(conversations, tokenizer, turns=turns)
+    _require_own_tokens(tokenizer)
+    encoded = tokenizer.encode_pieces([[piece for piece, _ in each] for each in pieces])
     return [
         Rendered(np.concatenate(ids), np.repeat([supervised for _, supervised in each], [len(piece) for piece in ids]))
         for each, ids in zip(pieces, encoded, strict=True)
@@ -86,7 +67,20 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer, *, start: str = "")
         raise Malformed("answered", "the last message is the assistant's already: give the messages before it")
     turns = chain.from_iterable(_turn(message, place) for place, message in enumerate(messages))
     pieces = [*_opening(conversation.tools), *turns, _ASSISTANT_ID, *_spoken(start)]
-    return np.concatenate(_encoded([pieces], tokenizer)[0]).tolist()
+    if tokenizer.template:
+        return template.prompt(conversation, tokenizer, start=start)
+    _require_own_tokens(tokenizer)
+    return np.concatenate(tokenizer.encode_pieces([pieces])[0]).tolist()
+
+
+def reply(message: Mapping[str, Any], answers: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """Ids of what others say (``answers``) after the assistant has ended its turn, ``message``, until it speaks again.
+
+    Raises Malformed as ``prompt`` does.
+    """
+    if tokenizer.template:
+        return template.reply(message, answers, tokenizer)
+    return prompt(Conversation(tuple(answers)), tokenizer)[len(_opening(())) :]
 
 
 def parse(tokens: Iterable[int], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -94,8 +88,11 @@ def parse(tokens: Iterable[int], tokenizer: Tokenizer) -> dict[str, Any]:
 
     A call that is not well-formed JSON stays in the content as it is spelled: a model may say anything.
     """
+    if tokenizer.template:
+        return template.parse(tokens, tokenizer)
+    _require_own_tokens(tokenizer)
     ids = list(tokens)
-    ids = ids[: next((place for place, token in enumerate(ids) if token in (END_ID, EOS_ID)), len(ids))]
+    ids = ids[: next((place for place, token in enumerate(ids) if token in tokenizer.stop_ids), len(ids))]
     edges = [*(place for place, token in enumerate(ids) if token == _TOOL_CALL_ID), len(ids)]
     content, calls = tokenizer.decode(ids[: edges[0]]), []
     for start, stop in pairwise(edges):
@@ -104,12 +101,19 @@ def parse(tokens: Iterable[int], tokenizer: Tokenizer) -> dict[str, Any]:
             call = json.loads(spelled)
         except (ValueError, RecursionError):
             call = None
-        if _is_call(call):
+        if is_call(call):
             calls.append(call)
         else:
             content += special.TOOL_CALL + spelled
-    message = {"role": "assistant", "content": content}
-    return message | {"tool_calls": calls} if calls else message
+    return answer(content, calls)
+
+
+def message(text: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The assistant's message that a text spells, as it was streamed, its calls among it."""
+    if tokenizer.template:
+        return template.message(text)
+    first, *calls = map(tokenizer.encode, text.split(special.TOOL_CALL))
+    return parse(sum(([_TOOL_CALL_ID, *call] for call in calls), first), tokenizer)
 
 
 def check(conversation: Conversation) -> None:
@@ -146,6 +150,14 @@ def _conversation(conversation: Conversation, turns: str) -> list[tuple[int | st
     return pieces
 
 
+def _require_own_tokens(tokenizer: Tokenizer) -> None:
+    if tokenizer.special_tokens.get(END_ID) != special.END:
+        raise ValueError(
+            "the tokenizer has neither a chat template nor the control tokens of ours: a base model is continued, not "
+            "asked; to teach it a chat, put a chat_template.jinja beside its tokenizer.json and import it again"
+        )
+
+
 def _opening(tools: Sequence[Mapping]) -> list[int | str]:
     return [BOS_ID, _TOOLS_ID, _json(list(tools), "the tools"), END_ID] if tools else [BOS_ID]
 
@@ -164,7 +176,7 @@ def _turn(message: Mapping[str, Any], place: int) -> list[int | str]:
         return [IDS[ROLES[role]], content, END_ID]
     if not content.strip() and not calls:
         raise Malformed("empty_answer", f"{where} (assistant) says nothing; give its answer, or leave it out")
-    if not all(map(_is_call, calls)):
+    if not all(map(is_call, calls)):
         raise Malformed("malformed_call", f"{where}: a tool call is {{'name': text, 'arguments': object}}, not {calls}")
     spelled = ([_TOOL_CALL_ID, _json(call, f"the call of {where}")] for call in calls)
     return [_ASSISTANT_ID, *_spoken(content), *chain.from_iterable(spelled), END_ID]
@@ -175,27 +187,8 @@ def _spoken(content: str) -> list[int | str]:
     return [IDS[part] if place % 2 else part for place, part in enumerate(_TAGS.split(content))]
 
 
-def _is_call(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and value.keys() == {"name", "arguments"}
-        and isinstance(value["name"], str)
-        and isinstance(value["arguments"], Mapping)
-    )
-
-
 def _json(value: Any, what: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
         raise Malformed("not_json", f"{what} cannot be written as JSON ({error}); use texts, numbers, lists") from error
-
-
-def _encoded(sequences: Sequence[Sequence[int | str]], tokenizer: Tokenizer) -> list[list[np.ndarray]]:
-    """The ids of each piece of each sequence; all texts are encoded at once."""
-    texts = [piece for pieces in sequences for piece in pieces if isinstance(piece, str)]
-    encoded = iter(tokenizer.encode_batch(texts))
-    return [
-        [next(encoded) if isinstance(piece, str) else np.array([piece], np.int32) for piece in pieces]
-        for pieces in sequences
-    ]

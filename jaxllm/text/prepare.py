@@ -5,15 +5,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxllm.text import tokenizer
+from jaxllm.text import hub, tokenizer
+from jaxllm.text.huggingface import HuggingFaceTokenizer
 from jaxllm.text.tokenizer import Tokenizer
 
-KINDS = ("sentencepiece", "bytes")
+KINDS = ("sentencepiece", "bytes", HuggingFaceTokenizer.kind)
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """kind: one of ``KINDS``. vocab_size: ids in all, for training one. path: a saved one to use instead."""
+    """kind: one of ``KINDS``. vocab_size: ids in all, for training one. path: a saved one to use instead, or the folder
+    of a Hugging Face model.
+    """
 
     kind: str
     vocab_size: int
@@ -35,7 +38,9 @@ def prepare(config: TokenizerConfig, texts: Iterable[str], *, directory: str | o
 
 def _made(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     if config.path:
-        return tokenizer.load(config.path)
+        return hub.read(config.path) if hub.is_folder(config.path) else tokenizer.load(config.path)
+    if config.kind == HuggingFaceTokenizer.kind:
+        raise ValueError(f"tokenizer.kind={config.kind!r} is not made here: name its folder in tokenizer.path")
     if config.kind == "bytes":
         return tokenizer.byte_tokenizer()
     return tokenizer.train(texts, vocab_size=config.vocab_size)

@@ -1,95 +1,49 @@
 """Text to ids and back, exactly: `decode(encode(text)) == text` for every Unicode text, whatever it contains.
 
-Two tokenizers share one interface: a byte per id, and SentencePiece BPE with byte fallback. An id stands for a fixed
-string of bytes, so that decoding is joining bytes and bits per byte is exact. Text never becomes a special token.
+Two tokenizers are made here: a byte per id, and SentencePiece BPE with byte fallback. An id stands for a fixed string
+of bytes, so that decoding is joining bytes and bits per byte is exact. Text never becomes a special token.
 """
 
-import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 
-from jaxllm.text.special_tokens import BOS_ID, EOS_ID, NUM_SPECIAL_TOKENS, PAD_ID, SPECIAL_TOKENS, UNK_ID
+from jaxllm.text.base import DESCRIPTION, Tokenizer, utf8
+from jaxllm.text.huggingface import DEFINITION, FACTS, HuggingFaceTokenizer
+from jaxllm.text.special_tokens import BOS_ID, END_ID, EOS_ID, NUM_SPECIAL_TOKENS, PAD_ID, SPECIAL_TOKENS, UNK_ID
 
 _SPACE_MARK = "\u2581"  # how SentencePiece spells a space inside its pieces
 _CUTS = re.compile("([\n\u2581])")  # encoded as bytes, by us: see `SentencePieceTokenizer`
 _UNTRAINABLE = re.compile("[\0\t\n\r\u2581\u2585]")  # SentencePiece skips a sentence with one of these, or cuts at it
-DESCRIPTION, _MODEL, _BYTE_LENGTHS = "tokenizer.json", "tokenizer.model", "byte_lengths.npy"
+_MODEL = "tokenizer.model"
 
 
-class Tokenizer:
-    """What both tokenizers share: the table of bytes of each id, and everything that follows from it.
+class _Own(Tokenizer):
+    """A tokenizer made here: the special tokens of `special_tokens`, with the same ids in all of them."""
 
-    kind: the name under which `load` finds the class. model: serialized SentencePiece model, empty for bytes.
-    """
-
-    kind = ""
+    bos_ids, eos_id, end_id, pad_id, stop_ids = (BOS_ID,), EOS_ID, END_ID, PAD_ID, (END_ID, EOS_ID)
 
     def __init__(self, table: Sequence[bytes], model: bytes = b""):
-        self._table = [b""] * NUM_SPECIAL_TOKENS + list(table)
-        self._model = model
-        self.byte_lengths_V = np.array([len(piece) for piece in self._table], np.int32)
-        content = json.dumps([self.kind, SPECIAL_TOKENS, [piece.hex() for piece in self._table]]).encode()
-        self.fingerprint = hashlib.sha256(content + model).hexdigest()
+        """table: the bytes of the ids behind the special ones. model: a serialized SentencePiece model, or nothing."""
+        self.model, table = model, [b""] * NUM_SPECIAL_TOKENS + list(table)
+        content = json.dumps([self.kind, SPECIAL_TOKENS, [piece.hex() for piece in table]]).encode()
+        super().__init__(table, dict(enumerate(SPECIAL_TOKENS)), content + model)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._table)
+    def _files(self) -> dict[str, bytes]:
+        return {_MODEL: self.model} if self.model else {}
 
-    def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that an id stands for: none for a special token."""
-        return self._table[self._checked(token)]
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no special token is added, and none is recognised in it.
-
-        Raises ValueError where the text is not valid Unicode (a lone surrogate).
-        """
-        return self.encode_batch([text], threads=1)[0].tolist()
-
-    def encode_batch(self, texts: Sequence[str], *, threads: int | None = None) -> list[np.ndarray]:
-        """int32 ids of each text; threads: how many to use, all processors by default."""
-        raise NotImplementedError
-
-    def decode(self, tokens: Iterable[int]) -> str:
-        """The bytes of the ids joined, read as UTF-8 (a cut character gives U+FFFD); special tokens as spelled."""
-        spelled = (
-            SPECIAL_TOKENS[token].encode() if token < NUM_SPECIAL_TOKENS else self._table[token]
-            for token in map(self._checked, tokens)
-        )
-        return b"".join(spelled).decode(errors="replace")
-
-    def save(self, directory: str | os.PathLike) -> None:
-        """Writes the description, the model if there is one, and the byte-length table."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        if self._model:
-            (directory / _MODEL).write_bytes(self._model)
-        np.save(directory / _BYTE_LENGTHS, self.byte_lengths_V)
-        description = {
-            "kind": self.kind,
-            "vocab_size": self.vocab_size,
-            "fingerprint": self.fingerprint,
-            "special_tokens": SPECIAL_TOKENS,
-        }
-        # last, and by renaming: a directory with a description is whole
-        partial = directory / (DESCRIPTION + ".partial")
-        partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-        partial.replace(directory / DESCRIPTION)
-
-    def _checked(self, token: int) -> int:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token id {token} is outside of the vocabulary: ids are 0..{self.vocab_size - 1}")
-        return int(token)
+    def _description(self) -> dict[str, Any]:
+        return {"special_tokens": SPECIAL_TOKENS}
 
 
-class ByteTokenizer(Tokenizer):
+class ByteTokenizer(_Own):
     """One id per byte of UTF-8, after the special tokens."""
 
     kind = "bytes"
@@ -99,10 +53,10 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, threads: int | None = None) -> list[np.ndarray]:
         del threads  # copying bytes is not worth one
-        return [np.frombuffer(_utf8(text), np.uint8).astype(np.int32) + NUM_SPECIAL_TOKENS for text in texts]
+        return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) + NUM_SPECIAL_TOKENS for text in texts]
 
 
-class SentencePieceTokenizer(Tokenizer):
+class SentencePieceTokenizer(_Own):
     """BPE over identity-normalised text; a character that no piece covers falls back to its bytes.
 
     SentencePiece reads its space mark U+2581 as a space, so text is cut there and we emit the three bytes. It is cut at
@@ -122,7 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str], *, threads: int | None = None) -> list[np.ndarray]:
         for text in texts:
-            _utf8(text)
+            utf8(text)
         parts = [_CUTS.split(text) for text in texts]  # text, cut, text, cut, ..., text
         flat = [part for pieces in parts for part in pieces[::2]]
         encoded = iter(self._processor.encode(flat, return_type="numpy", num_threads=threads or os.cpu_count()))
@@ -178,12 +132,16 @@ def load(directory: str | os.PathLike) -> Tokenizer:
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer in {directory}: {DESCRIPTION} is missing; give where one was saved")
     description = json.loads(path.read_text(encoding="utf-8"))
-    kinds = (ByteTokenizer.kind, SentencePieceTokenizer.kind)
-    if description["kind"] not in kinds:
-        raise ValueError(f"{path}: kind {description['kind']!r} is not one of {kinds}; save the tokenizer again")
+    if "kind" not in description:
+        raise ValueError(
+            f"{path} was not saved here: import the model that it comes with, or give its folder as a path"
+        )
+    if description["kind"] not in _READERS:
+        raise ValueError(
+            f"{path}: kind {description['kind']!r} is not one of {tuple(_READERS)}; save the tokenizer again"
+        )
     try:
-        model = b"" if description["kind"] == ByteTokenizer.kind else (path.parent / _MODEL).read_bytes()
-        tokenizer = SentencePieceTokenizer(model) if model else ByteTokenizer()
+        tokenizer = _READERS[description["kind"]](path.parent, description)
         found = tokenizer.fingerprint
     except (RuntimeError, LookupError) as error:  # SentencePiece cannot read it, or reads no bytes in it
         found = error
@@ -194,6 +152,19 @@ def load(directory: str | os.PathLike) -> Tokenizer:
         )
     return tokenizer
 
+
+def _read_huggingface(directory: Path, description: dict[str, Any]) -> HuggingFaceTokenizer:
+    definition = (directory / DEFINITION).read_text(encoding="utf-8")
+    return HuggingFaceTokenizer(definition, **{name: description[name] for name in FACTS})
+
+
+_READERS: dict[str, Callable[[Path, dict[str, Any]], Tokenizer]] = {
+    ByteTokenizer.kind: lambda directory, description: ByteTokenizer(),
+    SentencePieceTokenizer.kind: lambda directory, description: SentencePieceTokenizer(
+        (directory / _MODEL).read_bytes()
+    ),
+    HuggingFaceTokenizer.kind: _read_huggingface,
+}
 
 _TRAINING = dict(
     model_type="bpe",
@@ -220,7 +191,7 @@ def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     """The texts cut where SentencePiece would skip or cut them itself."""
     read = 0
     for text in texts:
-        read += len(_utf8(text))
+        read += len(utf8(text))
         yield from filter(None, _UNTRAINABLE.split(text))
         if read >= max_bytes:
             return
@@ -231,13 +202,3 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor, index: int) ->
     if processor.is_byte(index):
         return bytes([int(piece[3:5], 16)])  # spelled <0x0A>
     return piece.replace(_SPACE_MARK, " ").encode()
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text is not valid Unicode: lone surrogate {text[error.start]!a} at position {error.start}; decode the "
-            "bytes as strict UTF-8, or with errors='replace'"
-        ) from error

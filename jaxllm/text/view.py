@@ -4,7 +4,6 @@ from collections.abc import Iterable
 
 from rich.text import Text
 
-from jaxllm.text.special_tokens import NUM_SPECIAL_TOKENS, SPECIAL_TOKENS
 from jaxllm.text.tokenizer import Tokenizer
 
 _STYLES = ("black on #e69f00", "black on #56b4e9", "black on #35b895", "black on #f0e442", "black on #e08fbf")
@@ -19,7 +18,7 @@ def coloured_tokens(tokenizer: Tokenizer, tokens: Iterable[int], *, ids: bool = 
     view = Text()
     for place, token in enumerate(tokens):
         shown = spelling(tokenizer, token)
-        view.append(shown, style="reverse" if token < NUM_SPECIAL_TOKENS else _STYLES[place % len(_STYLES)])
+        view.append(shown, style="reverse" if token in tokenizer.special_ids else _STYLES[place % len(_STYLES)])
         if ids:
             view.append(f"{token} ", style="dim")
         if shown.endswith("⏎"):
@@ -29,8 +28,8 @@ def coloured_tokens(tokenizer: Tokenizer, tokens: Iterable[int], *, ids: bool = 
 
 def spelling(tokenizer: Tokenizer, token: int) -> str:
     """One token as visible characters."""
-    if token < NUM_SPECIAL_TOKENS:
-        return SPECIAL_TOKENS[token]
+    if token in tokenizer.special_ids:
+        return tokenizer.special_tokens[token]
     piece = tokenizer.token_bytes(token)
     try:
         text = piece.decode().translate(_VISIBLE)

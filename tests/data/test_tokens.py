@@ -487,3 +487,53 @@ def test_another_layout_of_units_is_another_cache_of_preferences_alone(chats, ra
     monkeypatch.setattr(units, "FORMAT", units.FORMAT + 1)
     after = fingerprints()
     assert before[0] != after[0] and before[1] == after[1]
+
+
+# ---- tokenizers of other people's models ----
+
+
+def exchange(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_documents_are_between_what_the_tokenizer_says_opens_and_ends_them(theirs, texts, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    config = DataConfig(sources={"a": SourceConfig(str(path))}, sequence_length=16, validation=0.2)
+    for name in ("qwen", "llama3"):
+        tokenizer = theirs(name)
+        store = prepare(config, tokenizer, directory=tmp_path / name)["a"].train
+        for tokens in documents_of(store):
+            ids = list(tokens)
+            opening, text = ids[: len(tokenizer.bos_ids)], ids[len(tokenizer.bos_ids) : -1]
+            assert (tuple(opening), ids[-1]) == (tokenizer.bos_ids, tokenizer.eos_id)
+            assert tokenizer.encode(tokenizer.decode(text)) == text and tokenizer.decode(text) in texts
+        assert store.num_bytes == tokenizer.byte_lengths_V[store.tokens].sum()
+
+
+def test_conversations_are_stored_as_the_tokenizers_own_template_has_them(chats, theirs):
+    asked = [exchange(f"{number}?", f"It is {number}.") for number in range(20)]
+    _, stores = chats({"a": [{"messages": messages} for messages in asked]}, tokenizer=theirs("qwen"))
+    rendered = chat.render([chat.Conversation(tuple(messages)) for messages in asked], theirs("qwen"))
+    expected = {each.tokens.tobytes(): each.supervised.tolist() for each in rendered}
+    count = 0
+    for store in stores["a"]:
+        for start, stop in zip(store.offsets, store.offsets[1:], strict=False):
+            tokens = store.tokens[start:stop].astype(np.int32)
+            assert store.supervised[start:stop].tolist() == expected[tokens.tobytes()]
+            count += 1
+    assert count == 20
+
+
+def test_what_a_template_refuses_is_an_error_or_counted(chats, theirs):
+    """This one knows no system turn."""
+    good = [{"messages": exchange(f"{number}?", "Yes.")} for number in range(20)]
+    bad = [{"messages": [{"role": "system", "content": "s"}, *record["messages"]]} for record in good[:3]]
+    with pytest.raises(chat.Malformed, match="refuses the conversation: System role not supported"):
+        chats({"a": good + bad}, tokenizer=theirs("gemma"))
+    _, stores = chats({"b": [*good[:9], *bad, *good[9:]]}, {"on_error": "skip"}, tokenizer=theirs("gemma"))
+    reports = [store.report for store in stores["b"]]
+    assert sum(report["num_documents"] for report in reports) == 20
+    assert {report["dropped_template"] for report in reports} == {3}
+    with pytest.raises(ValueError, match="has 3 documents, and none for train"):
+        chats({"c": bad}, {"on_error": "skip"}, tokenizer=theirs("gemma"))

@@ -42,6 +42,20 @@ def test_a_unit_is_a_prompt_and_two_answers_each_ended_and_only_these_are_superv
     assert (number["margin"], number["scores"].tolist()) == (2.5, [4.0, 1.0])
 
 
+def test_what_a_template_writes_behind_an_answer_is_no_part_of_it(theirs):
+    """Of these two one writes a newline behind the end of a turn: the end must be the last input, where a reward is."""
+    for name in ("qwen", "llama3"):
+        tokenizer = theirs(name)
+        (found,) = units.render([Unit(PROMPT, said("good"), said("bad"))], tokenizer)
+        shared, second = found.numbers[:2]
+        assert shared == len(chat.prompt(PROMPT, tokenizer)) - 1
+        for document in (found.tokens[:second], found.tokens[second:]):
+            assert document[-2:].tolist() == [tokenizer.end_id, tokenizer.eos_id]
+        assert found.tokens[shared] == found.tokens[second]
+        spoken = tokenizer.decode(found.tokens[found.supervised].tolist())
+        assert spoken == "".join(text + tokenizer.special_tokens[tokenizer.end_id] for text in ("good", "bad"))
+
+
 def test_answers_of_several_turns_share_what_they_have_in_common_before_either_is_supervised():
     """Up to where they differ, whether that is in a turn of the user's or in what the assistant says at last."""
     turns = [*said("first"), {"role": "user", "content": "more"}]

@@ -8,14 +8,15 @@ import pytest
 from rouge_score import rouge_scorer
 
 from jaxllm.evaluate import answers as module
-from jaxllm.evaluate.answers import STOP_IDS, Answer, Row, answered, answers, compared, rouge_l, scores
+from jaxllm.evaluate.answers import Answer, Row, answered, answers, compared, rouge_l, scores
 from jaxllm.generate import SamplerConfig
 from jaxllm.text.special_tokens import ASSISTANT, BOS_ID, END_ID, EOS_ID, IDS, THINK
 from jaxllm.text.tokenizer import byte_tokenizer
 
 GREEDY = SamplerConfig(temperature=0.0)
 PROMPTS = [[BOS_ID, *range(40, 40 + length)] for length in (3, 9, 1, 5, 2, 7, 4)]
-HOW = dict(max_new_tokens=6, sampler=GREEDY, batch_size=3)
+STOP_IDS = (END_ID, EOS_ID)
+HOW = dict(max_new_tokens=6, sampler=GREEDY, stop_ids=STOP_IDS, batch_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +49,11 @@ def test_each_prompt_gets_its_own_greedy_answer_whatever_its_batch(loud, found):
     assert answers(*loud, PROMPTS, jax.random.key(0), **HOW | dict(batch_size=4)) == found
 
 
-def test_an_answer_ends_with_the_end_of_the_turn_or_of_the_document(loud, found, monkeypatch):
+def test_an_answer_ends_with_the_end_of_the_turn_or_of_the_document(loud, found):
     """Some of these end with the document; then the second token of one plays the end of the turn."""
     assert {answer.tokens[-1] == EOS_ID for answer in found} == {answer.ended for answer in found} == {True, False}
-    assert set(STOP_IDS) == {END_ID, EOS_ID}
     end = found[1].tokens[1]
-    monkeypatch.setattr(module, "STOP_IDS", (end, EOS_ID))
-    cut = answers(*loud, PROMPTS, jax.random.key(0), **HOW)
+    cut = answers(*loud, PROMPTS, jax.random.key(0), **HOW | dict(stop_ids=(end, EOS_ID)))
     for answer, whole in zip(cut, found, strict=True):
         stop = whole.tokens.index(end) + 1 if end in whole.tokens else None
         assert answer == Answer(whole.tokens[:stop], whole.ended or stop is not None)
@@ -81,7 +80,8 @@ def test_interrupted_work_continues_as_if_it_had_not_been(loud):
 
 def test_answers_differ_by_number_and_key_and_not_by_batch_size(loud):
     soft = jax.tree.map(lambda x: x / 3, loud[1])
-    ask = functools.partial(answers, loud[0], soft, [PROMPTS[0]] * 4, max_new_tokens=6, sampler=SamplerConfig())
+    how = dict(max_new_tokens=6, sampler=SamplerConfig(), stop_ids=STOP_IDS)
+    ask = functools.partial(answers, loud[0], soft, [PROMPTS[0]] * 4, **how)
     first = ask(jax.random.key(0), batch_size=2)
     assert len({tuple(answer.tokens) for answer in first}) == 4
     assert ask(jax.random.key(0), batch_size=3) == first != ask(jax.random.key(1), batch_size=2)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from jaxllm.evaluate import answers
-from jaxllm.evaluate.answers import STOP_IDS
 from jaxllm.evaluate.continuations import continuations
 from jaxllm.generate import Completion, SamplerConfig
 from jaxllm.text.special_tokens import BOS_ID, EOS_ID
@@ -54,7 +53,7 @@ def test_a_continuation_does_not_depend_on_its_neighbours(loud):
     assert [ask([prompt])[0] for prompt in PROMPTS] == ask(PROMPTS)
 
 
-@pytest.mark.parametrize("stop", STOP_IDS)
+@pytest.mark.parametrize("stop", byte_tokenizer().stop_ids)
 def test_a_text_ends_before_the_end_of_the_document_or_the_turn_and_never_shows_it(loud, stop):
     """The head of the stop token is that of the first greedy token, a little longer."""
     model, params = loud

@@ -11,6 +11,7 @@ from jaxllm import workdir
 from jaxllm.evaluate import duels, judges
 from jaxllm.evaluate.answers import Answer
 from jaxllm.evaluate.duels import Contest, Loaded, Player, Sampling, answer_logps, contest, divergence, table
+from jaxllm.evaluate.measures import plain
 from jaxllm.evaluate.ranking import Game, agreement, bradley_terry, win_rate
 from jaxllm.figures import Point
 from jaxllm.generate import SamplerConfig
@@ -89,8 +90,8 @@ def test_a_program_serves_every_player_of_one_model_and_no_other(run, loaded):
 
 
 def test_seed_and_number_decide_an_answer_which_is_spoken_without_its_stop_token(loaded, ids):
-    model, params, tokenizer = loaded[0]
-    say = lambda seed, number: dataclasses.replace(SAMPLING, seed=seed).answers(model, params, ids, number)  # noqa: E731
+    tokenizer = loaded[0].tokenizer
+    say = lambda seed, number: dataclasses.replace(SAMPLING, seed=seed).answers(loaded[0], ids, number)  # noqa: E731
     assert say(1, 0) == say(1, 0) and say(1, 0) not in (say(1, 1), say(2, 0)) and say(1, 1) != say(2, 0)
     assert duels.spoken(tokenizer, Answer([*tokenizer.encode("Hé"), END_ID], True)) == "Hé"
 
@@ -147,7 +148,7 @@ def test_a_report_counts_wins_of_each_judge_against_the_reference(found, run):
 
 
 def test_answers_and_their_divergence_are_those_of_the_players(found, run, loaded, ids):
-    given = [SAMPLING.answers(one.model, one.params, ids) for one in loaded]
+    given = [SAMPLING.answers(one, ids) for one in loaded]
     for one, step, said in zip(loaded, (1, 2), given, strict=True):
         assert found.texts[f"{run}@{step}"] == [duels.spoken(one.tokenizer, answer) for answer in said]
     reference, other, _ = found.report["players"]
@@ -159,7 +160,7 @@ def test_answers_and_their_divergence_are_those_of_the_players(found, run, loade
 
 
 def test_the_best_of_n_is_the_best_of_further_answers_and_has_a_bounded_divergence(found, loaded, ids):
-    drawn = [SAMPLING.answers(loaded[0].model, loaded[0].params, ids, number) for number in (0, 1, 2, 3)]
+    drawn = [SAMPLING.answers(loaded[0], ids, number) for number in (0, 1, 2, 3)]
     texts = [[duels.spoken(loaded[0].tokenizer, answer) for answer in each] for each in zip(*drawn, strict=True)]
     assert found.texts["best of 3"] == [max(each[1:], key=len) for each in texts]
     assert len({text for each in texts for text in each}) > 10
@@ -215,7 +216,7 @@ def test_a_player_against_itself_ties_and_is_no_step_away(run):
 
 def test_the_report_is_json_and_the_answers_stand_beside_their_prompts(found, run):
     assert json.loads(json.dumps(found.report, allow_nan=False)) == found.report
-    nan = Contest(duels._plain({"a": [math.nan, 1.0], "b": (True, None)}), [], {}).report
+    nan = Contest(plain({"a": [math.nan, 1.0], "b": (True, None)}), [], {}).report
     assert nan == {"a": [None, 1.0], "b": [True, None]}
     assert len(found.answers) == 5 and list(found.answers[0]) == ["prompt", f"{run}@1", f"{run}@2", "best of 3"]
     assert found.answers[2]["prompt"] == list(PROMPTS[2].messages)

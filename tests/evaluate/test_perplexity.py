@@ -119,3 +119,19 @@ def test_every_byte_of_the_files_is_counted_once(tiny, built, tmp_path, batch_si
     assert found["bytes"] == num_bytes and found["tokens"] == num_bytes + len(texts)
     assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] * found["tokens"] / math.log(2) / num_bytes)
     assert 3 < found["nats_per_token"] < 12
+
+
+def test_where_nothing_opens_a_document_its_first_token_is_not_predicted_and_its_bytes_do_not_count(
+    tiny, built, tmp_path, theirs
+):
+    texts = ["plain words", "The value of an expression", "end"]
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+    how = dict(path=str(tmp_path / "texts.jsonl"), field="text", sequence_length=16, batch_size=2)
+    model, params = built(tiny(vocab_size=640))
+    for name in ("qwen", "llama3"):
+        tokenizer = theirs(name)
+        ids = [tokenizer.encode(text) for text in texts]
+        first = [0 if tokenizer.bos_ids else len(tokenizer.token_bytes(each[0])) for each in ids]
+        found = of_files(model, params, tokenizer, **how)
+        assert found["bytes"] == sum(map(len, texts)) - sum(first)
+        assert found["tokens"] == sum(map(len, ids)) + len(texts) * len(tokenizer.bos_ids)

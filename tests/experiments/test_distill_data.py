@@ -7,9 +7,10 @@ from jaxllm.data import conversations
 from jaxllm.data.sources import DocumentSource
 from jaxllm.generate import SamplerConfig
 from jaxllm.serve import dataset
+from jaxllm.text.tokenizer import byte_tokenizer
 
 FLAGS = ("--max_new_tokens=4", "--batch_size=2", "--seed=3")
-HOW = dict(max_new_tokens=4, sampler=SamplerConfig(), batch_size=2, seed=3)
+HOW = dict(max_new_tokens=4, sampler=SamplerConfig(), stop_ids=byte_tokenizer().stop_ids, batch_size=2, seed=3)
 
 
 @pytest.fixture

@@ -180,6 +180,7 @@ def test_a_character_that_never_ends_shows_as_the_replacement_mark(tiny, built):
 def test_pads_of_finished_rows_are_the_pad_token(tiny, built):
     model, params = built(tiny(vocab_size=288))
     ids = [50, 51, EOS_ID, *[100] * 40]
-    new = generate(scripted(model, ids), params, np.array([[BOS_ID], [BOS_ID]]), [1, 1], KEY, max_new_tokens=5)
+    how = dict(max_new_tokens=5, stop_ids=(EOS_ID,))
+    new = generate(scripted(model, ids), params, np.array([[BOS_ID], [BOS_ID]]), [1, 1], KEY, **how)
     assert new.tokens_BT.tolist() == [[50, 51, EOS_ID, PAD_ID, PAD_ID]] * 2
     assert new.mask_BT.tolist() == [[True, True, True, False, False]] * 2

@@ -18,11 +18,15 @@ def test_the_layer_pattern_repeats_over_the_depth(tiny):
         (dict(unroll=-1), r"model\.unroll=-1 must be at least 1, or 0 to unroll all layers"),
         (dict(vocab_size=-1), r"model\.vocab_size=-1 must be at least 1, or 0 to take the tokenizer's"),
         (dict(dropout=1.0), r"model\.dropout=1\.0 must be in \[0, 1\)"),
-        (dict(layer_pattern=("globl",)), r"model\.layer_pattern='globl' must be one of \('global', 'local', 'nope'\)"),
+        (dict(layer_pattern=("globl",)), r"'globl' must be one of \('global', 'local', 'nope', 'local_nope'\)"),
         (dict(layer_pattern=()), r"model\.layer_pattern=\(\) must name at least one layer kind"),
         (
             dict(layer_pattern=("local",)),
             r"model\.sliding_window=0 must be at least 1 where model\.layer_pattern has 'local'",
+        ),
+        (
+            dict(layer_pattern=("global", "local_nope")),
+            r"model\.sliding_window=0 .* model\.layer_pattern has 'local_nope'",
         ),
         (dict(pre_norm=False), r"model\.pre_norm and model\.post_norm are both False"),
         (dict(activation="relu"), r"model\.activation='relu' must be one of \('silu', 'gelu', 'gelu_tanh'\)"),

@@ -32,6 +32,7 @@ VARIANTS = {
     "olmo 2": dict(pre_norm=False, post_norm=True, qk_norm="all", num_kv_heads=4, tied_head=False),
     "every bias": dict(output_bias=True, mlp_bias=True, qkv_bias=True, activation="gelu", num_layers=1),
     "no positions": dict(layer_pattern=("nope", "global"), norm_eps=0.1),
+    "a window without positions": dict(layer_pattern=("local_nope", "local"), sliding_window=2),
 }  # fmt: skip
 B, T = 2, 7
 TOKENS_BT = np.random.default_rng(0).integers(0, 40, (B, T))
@@ -79,7 +80,8 @@ def oracle_attention(c, params, kind, x, positions, segments):
         for n in range(c.num_heads):
             weights, k = {}, n // (c.num_heads // c.num_kv_heads)
             for s in range(t + 1):
-                if segments[s] != segments[t] or (kind == "local" and positions[t] - positions[s] >= c.sliding_window):
+                windowed = kind in ("local", "local_nope")
+                if segments[s] != segments[t] or (windowed and positions[t] - positions[s] >= c.sliding_window):
                     continue
                 score = (c.attention_scale or 1 / math.sqrt(c.head_width)) * q_NH[n] @ keys[s][k]
                 weights[s] = math.exp(
@@ -120,7 +122,7 @@ def qk_norm(c, params, which, x_NH):
 
 
 def rotated(c, kind, position, x_NH):
-    if kind == "nope":
+    if kind in ("nope", "local_nope"):
         return x_NH
     own = kind == "local" and c.rope.local_theta
     theta, stretch = (c.rope.local_theta, 1.0) if own else (c.rope.theta, c.rope.factor)

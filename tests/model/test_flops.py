@@ -34,6 +34,8 @@ def test_a_window_shortens_the_attention_of_its_layers_alone(tiny):
     sizes = dict(SIZES, num_layers=3, layer_pattern=("local", "global"), sliding_window=16)
     every = flops_per_token(tiny(**dict(sizes, layer_pattern=("global",))), 256)
     assert every - flops_per_token(tiny(**sizes), 256) == 12 * 4 * 96 * 2 * (256 - 16)
+    unrotated = dict(sizes, layer_pattern=("local_nope", "nope"))
+    assert flops_per_token(tiny(**unrotated), 256) == flops_per_token(tiny(**sizes), 256)
     assert flops_per_token(tiny(**sizes), 8) == flops_per_token(tiny(**dict(sizes, layer_pattern=("global",))), 8)
 
 

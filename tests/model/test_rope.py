@@ -87,9 +87,10 @@ def test_local_layers_have_a_base_of_their_own_and_are_not_stretched():
     np.testing.assert_array_equal(wavelengths(shared, 4, local=True)[0], wavelengths(shared, 4, local=False)[0])
 
 
+@pytest.mark.parametrize("kind", ["nope", "local_nope"])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_a_layer_without_positions_rotates_nothing(scaling):
-    found = table(config(scaling), H, jnp.arange(5)[None, :], "nope")
+def test_a_layer_without_positions_rotates_nothing(scaling, kind):
+    found = table(config(scaling), H, jnp.arange(5)[None, :], kind)
     np.testing.assert_array_equal(found[0], np.ones((1, 5, H // 2)))
     np.testing.assert_array_equal(found[1], np.zeros((1, 5, H // 2)))
 

@@ -252,4 +252,5 @@ def test_what_is_likely_wrong_is_said():
         len(warnings(fine | {"clipped_fraction": 0.6})) == 1 and len(warnings(fine | {"clipped_fraction": 0.96})) == 2
     )
     assert "nothing is learned" in warnings(fine | {"undecided": 0.95})[0]
+    assert not warnings({"clipped_fraction": 0.1})  # of an advantage that compares no group
     assert "below 0" in warnings(fine | {"kl": -0.1})[0]

@@ -8,7 +8,7 @@ from jaxllm.rl.on_policy import on_policy, rows
 from jaxllm.text.special_tokens import PAD_ID
 
 PROMPTS, COMPLETIONS = [[2, 40], [2, 41, 42, 43]], [[50, 51, 8], [52]]
-SHAPE = dict(batch_size=4, micro_batches=2, length=12, max_new_tokens=5, seed=7)
+SHAPE = dict(batch_size=4, micro_batches=2, length=12, max_new_tokens=5, stop_ids=(8, 3), seed=7)
 
 
 def test_a_row_is_a_prompt_and_its_completion_whose_tokens_alone_are_targets():

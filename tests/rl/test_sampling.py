@@ -1,3 +1,4 @@
+import json
 from collections import deque
 
 import jax
@@ -104,3 +105,34 @@ def test_a_tool_that_is_not_there_says_so(said):
     said(ids("", call=other), ids("Well."))
     found = ask([[2, 7]], turns=2)[0]
     assert "there is no tool 'oracle'" in TOKENIZER.decode(found.sample.tokens.tolist())
+
+
+def test_a_tool_answers_as_the_template_of_another_model_has_it(said, theirs):
+    tokenizer = theirs("qwen")
+    question = {"role": "user", "content": "6*7=?"}
+    prompt = chat.prompt(chat.Conversation((question,)), tokenizer)
+    first = [*tokenizer.encode(f"Let me see.\n<tool_call>\n{CALL}\n</tool_call>"), tokenizer.end_id]
+    last = [*tokenizer.encode("It is 42."), tokenizer.end_id]
+    requests = said(first, last)
+    how = dict(slots=0, sampler=SamplerConfig(), tools=TOOLS, limits=Limits(prompt=len(prompt), new=300, turns=2))
+    found = dict(sampled(None, None, tokenizer, [prompt], jax.random.key(0), **how))[0]
+    messages = (
+        question,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [json.loads(CALL)]},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "It is 42."},
+    )
+    rendered = chat.render([chat.Conversation(messages)], tokenizer)[0].trimmed()
+    assert [*prompt, *found.sample.tokens] == rendered.tokens.tolist()
+    assert found.sample.sampled.tolist() == rendered.supervised[len(prompt) :].tolist()
+    assert (found.text, found.ended) == ("It is 42.", True)
+    assert [*requests[1].prompt] == [*prompt, *found.sample.tokens[: -len(last)]]
+
+
+def test_another_end_of_a_turn_than_the_templates_calls_no_tool(said, theirs):
+    tokenizer = theirs("qwen")
+    other = tokenizer.stop_ids[1]
+    said([*tokenizer.encode(f"<tool_call>\n{CALL}\n</tool_call>"), other])
+    how = dict(slots=0, sampler=SamplerConfig(), tools=TOOLS, limits=Limits(prompt=2, new=300, turns=2))
+    found = dict(sampled(None, None, tokenizer, [[2, 7]], jax.random.key(0), **how))[0]
+    assert found.ended and found.sample.tokens[-1] == other and found.sample.sampled.all()

@@ -1,4 +1,5 @@
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from jaxllm.serve.chat import (
 )
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
-from jaxllm.text.special_tokens import END_ID, IDS
+from jaxllm.text.special_tokens import IDS
 from jaxllm.text.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -51,10 +52,10 @@ class Script:
     """Plays the model: says the given answers in turn, and remembers the prompts that it saw."""
 
     def __init__(self, *answers):
-        self.answers, self.prompts = list(answers), []
+        self.answers, self.prompts, self.stop_ids = list(answers), [], TOKENIZER.stop_ids
 
     def __call__(self, model, params, tokenizer, prompt, key, *, max_new_tokens, sampler, stop_ids):
-        assert (END_ID in stop_ids, sampler, max_new_tokens) == (True, GREEDY.sampler, 6)
+        assert (stop_ids, sampler, max_new_tokens) == (self.stop_ids, GREEDY.sampler, 6)
         self.prompts.append(tokenizer.decode(prompt))
         answer = self.answers.pop(0)
         for piece in answer if isinstance(answer, list) else [answer]:
@@ -85,7 +86,7 @@ def test_an_answer_is_what_the_model_says_to_the_prompt_of_training(speaker):
         padded = np.zeros((1, 64), np.int32)
         padded[0, : len(tokens) + len(said)] = tokens + said
         said.append(int(np.argmax(forward(speaker.params, padded)[0, len(tokens) + len(said) - 1])))
-        if said[-1] in module.STOP_IDS:
+        if said[-1] in TOKENIZER.stop_ids:
             said.pop()
             break
     assert text == TOKENIZER.decode(said)
@@ -152,6 +153,20 @@ def test_calls_and_thoughts_keep_their_tokens_in_the_history(play):
     (rendered,) = chat.render([conversation], TOKENIZER)
     assert {IDS["<think>"], IDS["</think>"], IDS["<|tool_call|>"]} <= set(rendered.tokens.tolist())
     assert said in prompts[1]
+
+
+def test_a_conversation_goes_on_in_the_template_of_another_model(play, speaker, theirs, monkeypatch):
+    tokenizer = theirs("qwen")
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    script = Script(f"<think>hm</think>\n<tool_call>\n{call}\n</tool_call>", "ok")
+    script.stop_ids = tokenizer.stop_ids
+    monkeypatch.setattr(module, "stream", script)
+    other = speaker._replace(tokenizer=tokenizer, context=1000)
+    conversation = talk(other, ["a", "b"], GREEDY, show=lambda text: None)
+    assert conversation.messages[1] == assistant("<think>hm</think>") | {"tool_calls": [json.loads(call)]}
+    asked = Conversation(conversation.messages[:3])
+    assert script.prompts[1] == tokenizer.decode(chat.prompt(asked, tokenizer))
+    assert script.prompts[1].count("<|im_start|>assistant") == 2
 
 
 # ---- what does not fit ----

@@ -15,7 +15,7 @@ from jaxllm.text.special_tokens import BOS_ID, END_ID, EOS_ID, IDS
 from jaxllm.text.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-HOW = dict(max_new_tokens=6, sampler=SamplerConfig(), batch_size=3, seed=0)
+HOW = dict(max_new_tokens=6, sampler=SamplerConfig(), stop_ids=(END_ID, EOS_ID), batch_size=3, seed=0)
 MADE_BY = {"step": 3, "prompts": "a.jsonl"}
 TOOLS = ({"name": "add", "parameters": {}},)
 

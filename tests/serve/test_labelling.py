@@ -228,7 +228,7 @@ def test_what_is_judged_is_what_the_model_samples(tiny, built, tmp_path, monkeyp
     assert labels.counts == {"written": 2}
     (ids,) = asked
     assert ids == [chat.prompt(PROMPTS[n], TOKENIZER) for n in (0, 0, 0, 1, 1, 1)]
-    how = {name: HOW[name] for name in ("max_new_tokens", "sampler", "batch_size")}
+    how = {name: HOW[name] for name in ("max_new_tokens", "sampler", "batch_size")} | {"stop_ids": TOKENIZER.stop_ids}
     texts = [TOKENIZER.decode(answer.tokens) for _, answer in answered(model, params, ids, jax.random.key(0), **how)]
     assert len(set(texts)) == 6
     longest = {max(texts[:3], key=len), max(texts[3:], key=len)}

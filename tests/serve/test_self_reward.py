@@ -140,7 +140,7 @@ def test_a_row_has_what_the_outside_judge_says_of_the_answers_and_of_the_pairs(w
         model, params, tokenizer = workdir.load(run)
         tasks = [self_reward._task(question, tokenizer) for question in QUESTIONS]
         path = tmp_path / f"answers_{number}.jsonl"
-        dataset.write(path, tasks, model, params, made_by={}, seed=5, **MANNER.sampling)
+        dataset.write(path, tasks, model, params, made_by={}, seed=5, stop_ids=TOKENIZER.stop_ids, **MANNER.sampling)
         found = {row["task"]: row["answer"] for row in dataset.whole_records(path)}
         texts.append([found[n] for n in range(4)])
     before, after = (marks(QUESTIONS, each) for each in texts)

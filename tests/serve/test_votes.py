@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from jaxllm import workdir
-from jaxllm.evaluate.answers import STOP_IDS, answers
+from jaxllm.evaluate.answers import answers
 from jaxllm.evaluate.duels import Player
 from jaxllm.generate import SamplerConfig
 from jaxllm.serve import ballots, votes
@@ -52,9 +52,10 @@ def test_the_answers_are_what_each_checkpoint_says_to_the_prompts_of_training(da
     for step in (1, 2):
         model, params, tokenizer = workdir.load(run, step=step)
         ids = [chat.prompt(prompt, tokenizer) for prompt in PROMPTS[:3]]
-        how = dict(max_new_tokens=8, sampler=SamplerConfig(), batch_size=2)
+        how = dict(max_new_tokens=8, sampler=SamplerConfig(), batch_size=2, stop_ids=tokenizer.stop_ids)
         found = answers(model, params, ids, jax.random.key(3), **how)
-        texts = [tokenizer.decode(token for token in answer.tokens if token not in STOP_IDS) for answer in found]
+        ends = tokenizer.stop_ids
+        texts = [tokenizer.decode(token for token in answer.tokens if token not in ends) for answer in found]
         given = ballots.sampled(database, Player(run, step), 3)
         assert [given[ballots.spelled(prompt)] for prompt in PROMPTS] == [*texts, None]
 
