@@ -46,7 +46,7 @@ def get_config(arg: str = ""):
     config.stage = "rl"
     config.policy.update(ALGORITHMS[name])
     config.model.scalar_head = config.policy.advantage == "gae"
-    config.rollout.sources = {"addition": common.problem("addition", level=2)}
+    config.rollout.sources = {"problems": common.problem("addition", level=2)}
     config.rollout.rewards = {
         "accuracy": common.reward("accuracy", weight=1.0),
         "format": common.reward("format", weight=0.2),
