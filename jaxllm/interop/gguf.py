@@ -18,8 +18,7 @@ from jaxllm import tree
 from jaxllm.interop import families, gguf_format, gguf_vocabulary, hf
 from jaxllm.interop import gguf_architectures as architectures
 from jaxllm.interop.families import Tensor
-from jaxllm.interop.gguf_architectures import ARCHITECTURES, BIASES, EMBEDDING, HEAD, KEYS, ROPE_FACTORS, SCALING
-from jaxllm.interop.gguf_architectures import Architecture, factors, layered, to_ours, to_theirs
+from jaxllm.interop.gguf_architectures import ARCHITECTURES, BIASES, EMBEDDING, HEAD, ROPE_FACTORS, Architecture
 from jaxllm.interop.gguf_format import Entry
 from jaxllm.model import DecoderConfig, build
 from jaxllm.text.tokenizer import Tokenizer
@@ -76,7 +75,7 @@ def read(
         shardings = jax.tree.map(lambda _: here, abstract)
 
     def one(tensor: Tensor, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
-        array = to_ours(said.architecture, config, tensor, gguf_format.read(entry), shape)
+        array = architectures.to_ours(said.architecture, config, tensor, gguf_format.read(entry), shape)
         done[0] += entry.bytes
         if progress is not None:
             progress(done[0], total)
@@ -84,10 +83,12 @@ def read(
 
     def parameter(name: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
         tensor, entries = matched[name]
-        shape = leaf.shape[1:] if layered(tensor) else leaf.shape
+        shape = leaf.shape[1:] if architectures.layered(tensor) else leaf.shape
         arrays = (one(tensor, entry, shape) for entry in entries)
         on_host = all(device.platform == "cpu" for device in sharding.addressable_devices)
-        return (hf.filled if on_host else hf.stacked)(arrays, leaf.shape, sharding, layered=layered(tensor))
+        return (hf.filled if on_host else hf.stacked)(
+            arrays, leaf.shape, sharding, layered=architectures.layered(tensor)
+        )
 
     return config, tree.map_named(parameter, abstract, shardings)
 
@@ -103,8 +104,10 @@ def _matched(said: Source, abstract: Tree) -> dict[str, tuple[Tensor, list[Entry
     matched, missing, wrong, known = {}, [], [], {ROPE_FACTORS}
     for name, leaf in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True):
         tensor = table[name]
-        names = [tensor.name.format(n) for n in range(leaf.shape[0])] if layered(tensor) else [tensor.name]
-        shape = families.their_shape(tensor, leaf.shape[1:] if layered(tensor) else leaf.shape)
+        names = (
+            [tensor.name.format(n) for n in range(leaf.shape[0])] if architectures.layered(tensor) else [tensor.name]
+        )
+        shape = families.their_shape(tensor, leaf.shape[1:] if architectures.layered(tensor) else leaf.shape)
         there = {each: said.arrays[each] for each in names if each in said.arrays}
         missing += [each for each in names if each not in there]
         wrong += [f"{each} is {entry.shape} and not {shape}" for each, entry in there.items() if entry.shape != shape]
@@ -167,15 +170,21 @@ def _metadata(config: DecoderConfig, max_positions: int) -> tuple[Architecture, 
     architecture = found[0]
     unknown = [f"model.{key}=True" for key in BIASES if getattr(config, key) and key not in architecture.biases]
     unknown += ["model.tied_head=False"] * (architecture.tied and not config.tied_head)
+    if architecture.square and config.num_heads * config.head_width != config.width:
+        unknown.append(f"model.head_width={config.head_width} of {config.num_heads} heads in a width of {config.width}")
     if unknown:
         raise ValueError(f"llama.cpp's {architecture.name!r} has no {', '.join(unknown)}: it cannot run this model")
-    said = {key: fields[theirs] for key, theirs in (KEYS | dict(architecture.keys)).items() if fields.get(theirs)}
+    said = {
+        key: fields[theirs]
+        for key, theirs in (architectures.KEYS | dict(architecture.keys)).items()
+        if fields.get(theirs)
+    }
     said |= {"context_length": max_positions or _reach(config), "vocab_size": config.vocab_size}
     said |= {"rope.dimension_count": config.head_width, "attention.value_length": config.head_width}
     scaling = dict(fields["rope_scaling"] or {})
     if scaling.pop("rope_type", "llama3") != "llama3":
         said["rope.scaling.type"] = config.rope.scaling
-    said |= {key: scaling[theirs] for key, theirs in SCALING.items() if theirs in scaling}
+    said |= {key: scaling[theirs] for key, theirs in architectures.SCALING.items() if theirs in scaling}
     if config.rope.scaling == "llama3":
         said.pop("rope.scaling.factor")
     metadata = {f"{architecture.name}.{key}": x for key, x in said.items()}
@@ -219,16 +228,18 @@ def _rows(architecture: Architecture, config: DecoderConfig, params: Tree) -> It
     leaves = dict(zip(tree.names(said), jax.tree.leaves(said), strict=True))
     tensors = [tensor for tensor in architecture.tensors if tensor.parameter in leaves]
     if config.rope.scaling == "llama3":
-        divided = factors(dataclasses.asdict(config.rope), {"head_dim": config.head_width})
+        divided = architectures.factors(dataclasses.asdict(config.rope), {"head_dim": config.head_width})
         yield ROPE_FACTORS, divided.shape, lambda: divided
-    order = [(tensor, None) for tensor in tensors if not layered(tensor)]
-    order += [(tensor, layer) for layer in range(config.num_layers) for tensor in tensors if layered(tensor)]
+    order = [(tensor, None) for tensor in tensors if not architectures.layered(tensor)]
+    order += [
+        (tensor, layer) for layer in range(config.num_layers) for tensor in tensors if architectures.layered(tensor)
+    ]
     for tensor, layer in order:
         leaf = leaves[tensor.parameter]
         shape = families.their_shape(tensor, leaf.shape if layer is None else leaf.shape[1:])
 
         def make(tensor=tensor, leaf=leaf, layer=layer) -> np.ndarray:
             array = np.asarray(leaf if layer is None else leaf[layer])
-            return to_theirs(architecture, config, tensor, array)
+            return architectures.to_theirs(architecture, config, tensor, array)
 
         yield tensor.name.format(layer), shape, make

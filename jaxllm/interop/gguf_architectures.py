@@ -3,7 +3,7 @@
 both.
 
 Where they differ: rows of queries and keys are interleaved for the architectures that llama.cpp rotates in neighbouring
-pairs (a wrong choice still answers plausibly, at a worse likelihood), Gemma's norms are stored with their 1, and RoPE of
+pairs (a wrong choice still answers plausibly: a likelihood sees it), Gemma's norms are stored with their 1, and RoPE of
 Llama 3 is an array of factors.
 """
 
@@ -28,7 +28,8 @@ class Architecture:
 
     family: whose ``config.json`` says the same. interleaved: whether the two halves of a head are. keys: further names
     of fields; needed: those that have no default here. biases: which of them llama.cpp knows; tied: whether it knows
-    no head but the embedding. old_scale: depth of the one model whose scores are scaled by width / heads.
+    no head but the embedding; square: whether it wants a query's heads to be as wide together as the model.
+    old_scale: depth of the one model whose scores are scaled by width / heads.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Architecture:
     needed: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     tied: bool = False
+    square: bool = False
     old_scale: int = 0
 
     @property
@@ -103,10 +105,10 @@ ARCHITECTURES = {
     architecture.name: architecture
     for architecture in (
         Architecture("llama", "llama", interleaved=True, biases=("qkv_bias", "output_bias", "mlp_bias")),
-        Architecture("qwen2", "qwen2", biases=("qkv_bias",)),
+        Architecture("qwen2", "qwen2", biases=("qkv_bias",), square=True),
         Architecture("qwen3", "qwen3"),
         Architecture("smollm3", "smollm3", interleaved=True),
-        Architecture("olmo2", "olmo2"),
+        Architecture("olmo2", "olmo2", square=True),
         Architecture("gemma2", "gemma2", keys=_SOFT_CAPS | _WINDOW, needed=(*_WINDOW,), tied=True, old_scale=46),
         Architecture(
             "gemma3",

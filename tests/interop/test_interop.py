@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -74,6 +75,15 @@ def test_what_cannot_be_written_is_refused(run, tmp_path, how, error, message):
     with pytest.raises(error, match=message):
         interop.save(tmp_path / "out", *interop.load(run), **how)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("format", interop.FORMATS)
+def test_a_model_that_a_format_cannot_say_leaves_nothing(run, tmp_path, format):
+    model, params, tokenizer = interop.load(run)
+    model = model._replace(config=dataclasses.replace(model.config, logit_soft_cap=3.0))
+    with pytest.raises(ValueError, match="logit_soft_cap"):
+        interop.save(tmp_path / "out", model, params, tokenizer, format=format)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_holds_no_model_is_refused_with_the_mend(tmp_path):

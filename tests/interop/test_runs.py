@@ -1,4 +1,5 @@
 import json
+import pydoc_data.topics
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ from configs import common
 from jaxllm import checkpoint, interop, workdir
 from jaxllm.interop import gguf, runs
 from jaxllm.run_config import resolved, run_config
+from jaxllm.text.tokenizer import train
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,14 @@ def test_the_same_source_is_imported_once_and_another_refused(source, values, tm
         runs.make(tmp_path / "mine", values, source)
     (tmp_path / "empty").mkdir()
     assert runs.make(tmp_path / "empty", values, source) is not None
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_rows_is_refused(source, values, tmp_path, monkeypatch):
+    bigger = train(pydoc_data.topics.topics.values(), vocab_size=600)
+    monkeypatch.setattr(interop, "read_tokenizer", lambda path: bigger)
+    with pytest.raises(ValueError, match="vocab_size=288 is smaller than the tokenizer's 600"):
+        runs.make(tmp_path / "run", values, source)
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_run_is_not_imported(untrained, values, tmp_path):
