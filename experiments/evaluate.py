@@ -1,54 +1,55 @@
-"""Measures a run's newest checkpoint.
+"""Measures a run's newest checkpoint, and whether another one differs.
 
     python experiments/evaluate.py --workdir=runs/pretrain --suite=perplexity --files='held_out/*.txt'
+    python experiments/evaluate.py --workdir=runs/sft --suite=answers --files=qa.jsonl --compare=runs/base
+    python experiments/evaluate.py --workdir=runs/sft --suite=choice --files=choices.jsonl [--chat]
+    python experiments/evaluate.py --workdir=runs/grpo --suite=tasks --tasks=addition:2 --samples=8 --temperature=1
     python experiments/evaluate.py --workdir=runs/reward --suite=reward [--files=pairs.jsonl] [--ensemble runs/other]
 
-Writes evaluation.json into the run directory. reward: how often a reward model prefers what people do, in the files or
-in what it held out, beside two trivial judges; and figures/calibration.png: how sure it is, how often it is right.
+Writes evaluation.json, evaluation_items.jsonl and figures/evaluation.png (reward: calibration.png) into the run
+directory. Without --files, answers asks what the run holds out, and reward compares the pairs that it holds out.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from jaxllm import figures, workdir  # noqa: E402  the checkout must be importable first
-from jaxllm.evaluate import perplexity, rewarding  # noqa: E402
-
-
-def measured_perplexity(args):
-    length = args.sequence_length or workdir.config(args.workdir)["data"]["sequence_length"]
-    how = dict(path=args.files, field=args.field, sequence_length=length, batch_size=args.batch_size)
-    return perplexity.of_files(*workdir.load(args.workdir, step=args.step), **how)
-
-
-def measured_reward(args):
-    members = [args.workdir, *args.ensemble]
-    report, bins = rewarding.accuracy(members, path=args.files, step=args.step)
-    figures.calibration({" and ".join(members): bins}, Path(args.workdir) / "figures" / "calibration.png")
-    return report
-
-
-SUITES = {"perplexity": measured_perplexity, "reward": measured_reward}
+from jaxllm.evaluate import reporting  # noqa: E402  the checkout must be importable first
+from jaxllm.evaluate.suites import SUITES, Asking, Settings, named_files, named_levels  # noqa: E402
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="run directory that train.py made")
-    parser.add_argument("--suite", choices=SUITES, default="perplexity", help="what to measure")
-    parser.add_argument("--files", default="", help="file, folder or glob of .txt, .jsonl(.gz, .zst) or .parquet")
-    parser.add_argument("--ensemble", nargs="+", default=[], help="further reward models: the mean of all is measured")
-    parser.add_argument("--field", default="text", help="field of a jsonl or parquet record that holds the text")
-    parser.add_argument("--sequence_length", type=int, default=0, help="tokens seen at a time; 0: as in training")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows at a time; changes speed, not results")
-    parser.add_argument("--step", type=int, default=None, help="checkpoint to measure; the newest, unless told")
+    flag = parser.add_argument
+    flag("--workdir", required=True, help="run directory that train.py made")
+    flag("--suite", choices=[*SUITES, "reward"], default="perplexity", help="what to measure")
+    flag("--files", action="append", default=[], help="[NAME=]GLOB of .txt, .jsonl(.gz, .zst) or .parquet; repeatable")
+    flag("--compare", default="", metavar="DIR[@STEP]", help="a second checkpoint, asked the same; a paired test")
+    flag("--tasks", default="", metavar="NAME:LEVEL,...", help="of the suite tasks: which, and how hard")
+    flag("--count", type=int, default=0, help="at most so many of each file or task; 0: all, of a task 200")
+    flag("--chat", action="store_true", help="of the suite choice: ask in a conversation, not as a document")
+    flag("--samples", type=int, default=1, help="answers to each question, for pass@k")
+    flag("--temperature", type=float, default=0.0, help="divides the logits; 0 is greedy")
+    flag("--max_new_tokens", type=int, default=128, help="at most so many per answer")
+    flag("--seed", type=int, default=0, help="the same seed gives the same answers")
+    flag("--workers", type=int, default=1, help="processes that verify answers, each with a time limit; 0: this one")
+    flag("--ensemble", nargs="+", default=[], help="further reward models: the mean of all is measured")
+    flag("--field", default="text", help="of the suite perplexity: field of a record that holds the text")
+    flag("--sequence_length", type=int, default=0, help="tokens seen at a time; 0: as in training")
+    flag("--batch_size", type=int, default=8, help="rows at a time; changes speed, not results")
+    flag("--step", type=int, default=None, help="checkpoint to measure; the newest, unless told")
     args = parser.parse_args()
-    result = SUITES[args.suite](args)
-    workdir.write_evaluation(args.workdir, result)
-    for name, value in result.items():
-        print(f"{name:<20}" + (f"{value:,.6g}" if isinstance(value, float) else json.dumps(value)))
+    if args.suite == "reward":
+        path = args.files[0] if args.files else ""
+        return reporting.reward([args.workdir, *args.ensemble], path=path, step=args.step)
+    sampling = dict(samples=args.samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens)
+    asking = Asking(**sampling, batch_size=args.batch_size, seed=args.seed, workers=args.workers)
+    given = dict(field=args.field, form="chat" if args.chat else "text", count=args.count, asking=asking)
+    files, tasks = named_files(args.files), named_levels(args.tasks)
+    settings = Settings(files=files, tasks=tasks, sequence_length=args.sequence_length, **given)
+    reporting.suite(args.suite, args.workdir, settings, step=args.step, compare=args.compare)
 
 
 if __name__ == "__main__":

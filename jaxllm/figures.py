@@ -203,6 +203,22 @@ def ladder(values: Mapping[str, Sequence[float]], path: Any, *, title: str) -> N
     _save(figure, path)
 
 
+def bars(panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float | None]]]], path: Any) -> None:
+    """Draw measures with their intervals into a PNG: title of a panel -> run -> group -> (value, low, high).
+
+    A bar for each group and run, runs in their own colours; a value that is None has none. Raises ``ValueError`` where
+    nothing has a value.
+    """
+    found = {title: runs for title, runs in panels.items() if any(_known(groups) for groups in runs.values())}
+    if not found:
+        raise ValueError(f"nothing to draw in {path}: no value among {list(panels)}")
+    columns = min(2, len(found))
+    figure = _figure(columns, math.ceil(len(found) / columns))
+    for place, (title, runs) in enumerate(found.items()):
+        _bar_panel(figure.add_subplot(math.ceil(len(found) / columns), columns, place + 1), title, runs)
+    _save(figure, path)
+
+
 def aligned(runs: Sequence[Sequence[Mapping[str, Any]]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values of the metric as [runs, steps]); ``ValueError`` where the runs have it at different steps."""
     found = [{row["step"]: row[name] for row in rows if name in row} for rows in runs]
@@ -270,6 +286,34 @@ def _points(axes: Axes, groups: Mapping[str, Sequence[Point]], line: str = "") -
         axes.errorbar(x, y, yerr=[y - low, high - y], xerr=x_error if x_error.any() else None, label=label, **bars)
     if len(groups) > 1:
         axes.legend(edgecolor="none", fontsize=8, labelcolor=INK)
+
+
+def _known(groups: Mapping[str, Sequence[float | None]]) -> dict[str, list[float]]:
+    """Group -> (value, low, high) of those that have a value; without an interval, its ends are the value."""
+    return {
+        group: [measure[0] if each is None else each for each in measure[:3]]
+        for group, measure in groups.items()
+        if measure[0] is not None
+    }
+
+
+def _bar_panel(axes: Axes, title: str, runs: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    _dress(axes, title, "")
+    names = list(dict.fromkeys(group for groups in runs.values() for group in groups))
+    thick = 0.7 / len(runs)
+    for number, ((label, groups), colour) in enumerate(zip(runs.items(), itertools.cycle(COLOURS), strict=False)):
+        for name, (value, low, high) in _known(groups).items():
+            y = names.index(name) + thick * (number - (len(runs) - 1) / 2)
+            axes.barh(y, value, 0.9 * thick, color=colour, label=label)
+            axes.plot([low, high], [y, y], color=INK, linewidth=1.4)
+            axes.annotate(f"{value:.4g}", (high, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.margins(x=0.14)
+    axes.xaxis.set_major_formatter(_tick)
+    if len(runs) > 1:
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.legend(handles.values(), handles.keys(), edgecolor="none", fontsize=7, labelcolor=INK, loc="lower right")
 
 
 def _is_finite(point: Point) -> bool:

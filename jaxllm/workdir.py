@@ -114,7 +114,7 @@ def evaluation(directory: str | os.PathLike) -> dict:
 def write_evaluation_items(directory: str | os.PathLike, suite: str, rows: Iterable[Mapping]) -> None:
     """Writes ``evaluation_items.jsonl``, a row for each item: those of this suite anew, other suites' as they were."""
     path = Path(directory) / "evaluation_items.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     kept = [line for line in lines if json.loads(line)["suite"] != suite]
     new = [json.dumps({"suite": suite, **row}, ensure_ascii=False) for row in rows]
     beside = path.with_suffix(".tmp")

@@ -226,3 +226,32 @@ def test_metrics_are_drawn_against_the_root_of_another_in_its_order(tmp_path, mo
     assert drawn == [([2.0, 3.0], [2.0, 1.0], "free"), ([2.0, 3.0], [2.0, 1.0], None)]
     with pytest.raises(ValueError, match="nothing to draw of 'free': no row of one of its runs has both loss and kl"):
         figures.against({"free": [rows]}, tmp_path / "over.png", names=["loss"], root_of="kl")
+
+
+# ---- bars ----
+
+BARS = {
+    "accuracy": {"one": {"all": (0.5, 0.4, 0.6), "qa": (0.9, None, None)}, "two": {"all": (0.2, 0.1, 0.3)}},
+    "bleu": {"one": {"all": (None, None, None)}},
+    "rouge l": {"one": {"all": (0.25, 0.2, 0.3)}},
+}
+
+
+def test_bars_have_a_panel_for_each_metric_with_a_value(tmp_path):
+    figures.bars(BARS, tmp_path / "figures" / "bars.png")
+    shape = image.imread(tmp_path / "figures" / "bars.png").shape
+    assert shape[:2] == pytest.approx((figures.HEIGHT * figures.DPI, 2 * figures.WIDTH * figures.DPI), abs=2)
+    with pytest.raises(ValueError, match="nothing to draw in .*: no value among"):
+        figures.bars({"bleu": BARS["bleu"]}, tmp_path / "none.png")
+
+
+def test_a_bar_is_as_long_as_its_value_with_its_interval_and_runs_do_not_cover_each_other():
+    axes = Figure().add_subplot()
+    figures._bar_panel(axes, "accuracy", BARS["accuracy"])
+    assert [bar.get_width() for bar in axes.patches] == [0.5, 0.9, 0.2]
+    assert [line.get_xdata().tolist() for line in axes.get_lines()] == [[0.4, 0.6], [0.9, 0.9], [0.1, 0.3]]
+    spans = sorted((bar.get_y(), bar.get_y() + bar.get_height()) for bar in axes.patches)
+    assert all(one[1] <= other[0] for one, other in zip(spans, spans[1:], strict=False))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["all", "qa"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "two"]
+    assert axes.patches[0].get_facecolor() == axes.patches[1].get_facecolor() != axes.patches[2].get_facecolor()

@@ -125,6 +125,24 @@ def test_an_evaluation_is_written_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
+def test_an_evaluation_is_read_again_and_without_one_is_empty(tmp_path):
+    assert workdir.evaluation(tmp_path) == {}
+    workdir.write_evaluation(tmp_path, {"tokens": 3})
+    assert workdir.evaluation(tmp_path) == {"tokens": 3}
+
+
+def test_the_items_of_a_suite_are_written_anew_beside_those_of_others(tmp_path):
+    workdir.write_evaluation_items(tmp_path, "a", [{"item": 0}, {"item": 1}])
+    workdir.write_evaluation_items(tmp_path, "b", [{"item": 0, "text": "é\u2028"}])
+    workdir.write_evaluation_items(tmp_path, "a", [{"item": 7}])
+    lines = (tmp_path / "evaluation_items.jsonl").read_bytes().decode().split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == [
+        {"suite": "b", "item": 0, "text": "é\u2028"},
+        {"suite": "a", "item": 7},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation_items.jsonl"]
+
+
 # ---- loading ----
 
 

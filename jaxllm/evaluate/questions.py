@@ -19,9 +19,21 @@ def held_out(configs: Sequence[Mapping[str, Any]]) -> list[Conversation]:
     in the order of their keys, so that any number of the first ones is a random choice. Raises ``ValueError`` where
     there are none, and as the sources do.
     """
+    return [_prompt(content) for content in _held_out(configs)]
+
+
+def held_out_answers(config: Mapping[str, Any]) -> list[tuple[Conversation, str]]:
+    """(prompt, the answer that the data give) of what a run holds out: the last one, of preferences the chosen one.
+
+    In the order of ``held_out``, and with its errors.
+    """
+    return [(_prompt(content), _given(content)) for content in _held_out([config])]
+
+
+def _held_out(configs: Sequence[Mapping[str, Any]]) -> list[Conversation | Unit]:
     sides = [_sides(config) for config in configs]
     trained = set().union(*(trained for trained, _ in sides))
-    found = {key: prompt for key, prompt in sorted(sides[0][1].items()) if key not in trained}
+    found = {key: content for key, content in sorted(sides[0][1].items()) if key not in trained}
     if not found:
         raise ValueError(
             f"of {len(sides[0][1])} prompts that the first run holds out the others were trained on all: hold out some "
@@ -42,16 +54,16 @@ def of_file(path: str) -> list[Conversation]:
     return list({repr(prompt): prompt for prompt in found}.values())
 
 
-def _sides(config: Mapping[str, Any]) -> tuple[set[int], dict[int, Conversation]]:
-    """(keys of what a run is trained on, key -> prompt of what it holds out)."""
+def _sides(config: Mapping[str, Any]) -> tuple[set[int], dict[int, Conversation | Unit]]:
+    """(keys of what a run is trained on, key -> what it holds out, the first with that prompt)."""
     data = section(DataConfig, config["data"], path="config.data")
     trained: set[int] = set()
-    out: dict[int, Conversation] = {}
+    out: dict[int, Conversation | Unit] = {}
     for example_side, example in _examples(data):
         if example_side == TRAIN:
             trained.add(example.key)
         elif example_side == VALIDATION:
-            out.setdefault(example.key, _prompt(example.content))
+            out.setdefault(example.key, example.content)
     return trained, out
 
 
@@ -68,6 +80,11 @@ def _prompt(content: Conversation | Unit) -> Conversation:
     roles = [message["role"] for message in content.messages]
     end = len(roles) - roles[::-1].index("assistant") - 1 if "assistant" in roles else len(roles)
     return content._replace(messages=tuple(content.messages[:end]))
+
+
+def _given(content: Conversation | Unit) -> str:
+    messages = content.first if isinstance(content, Unit) else content.messages
+    return next((message["content"] for message in reversed(messages) if message["role"] == "assistant"), "")
 
 
 def _asked(value: Any) -> list[Conversation]:

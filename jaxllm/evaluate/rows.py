@@ -60,8 +60,8 @@ def packed(sequences: Sequence[Sequence[int]], batch_size: int, *, length: int) 
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     pairs = [len(sequence) - 1 for sequence in sequences]
-    if wrong := next((each for each in pairs if not 0 < each <= length), None):
-        raise ValueError(f"a sequence of {wrong + 1} tokens has no place in rows of {length} and one more: cut it")
+    if wrong := [each + 1 for each in pairs if not 0 < each <= length]:
+        raise ValueError(f"a sequence of {wrong[0]} tokens has no place in rows of {length} and one more: cut it")
     width = min(length, 1 << (8 * max(pairs, default=1) - 1).bit_length())
     rows = _rows(pairs, width)
     for start in range(0, len(rows), batch_size):

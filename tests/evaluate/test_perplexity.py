@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import sharding
-from jaxllm.evaluate.perplexity import evaluator, likelihood, num_target_bytes, of_files, weighed
+from jaxllm.evaluate.perplexity import by_document, evaluator, likelihood, num_target_bytes, of_files, together, weighed
 from jaxllm.metrics import Ratio
 from jaxllm.model import parameter_rules
 from jaxllm.text.tokenizer import byte_tokenizer
@@ -135,3 +135,30 @@ def test_where_nothing_opens_a_document_its_first_token_is_not_predicted_and_its
         found = of_files(model, params, tokenizer, **how)
         assert found["bytes"] == sum(map(len, texts)) - sum(first)
         assert found["tokens"] == sum(map(len, ids)) + len(texts) * len(tokenizer.bos_ids)
+
+
+def test_each_document_has_its_own_nats_and_together_they_are_those_of_the_files(tiny, built, tmp_path):
+    texts = ["plain", "", "a longer text than a row of sixteen tokens holds", "end", "é☃"]
+    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+    model, params = built(tiny(vocab_size=288))
+    tokenizer, forward = byte_tokenizer(), jax.jit(model.forward)
+    how = dict(path=str(tmp_path / "texts.jsonl"), field="text", sequence_length=16)
+    read = {size: by_document(model, params, tokenizer, **how, batch_size=size) for size in (1, 8, 64)}
+    position = 0
+    for number, text in enumerate(texts):
+        ids, nats, start = tokenizer.documents([text])[0], 0.0, 0
+        while start < len(ids) - 1:  # up to the end of the row
+            end = min(len(ids) - 1, start + 16 - position % 16)
+            logp_TV = np.float64(jax.nn.log_softmax(forward(params, ids[None, start:end])[0]))
+            nats -= logp_TV[np.arange(end - start), ids[start + 1 : end + 1]].sum()
+            position, start = position + end - start, end
+        for documents in read.values():
+            assert documents[number].nats == pytest.approx(nats, rel=1e-6)
+            assert documents[number][2:] == (len(ids) - 1, len(text.encode())) and documents[number].text == text
+    whole = of_files(model, params, tokenizer, **how, batch_size=8)
+    assert together(read[1]) == pytest.approx(whole, rel=1e-6) and whole["tokens"] == position
+
+
+def test_files_without_a_byte_have_no_bits_per_byte():
+    found = likelihood(Ratio(2.0, 1.0), 0)
+    assert math.isnan(found["bits_per_byte"]) and found["nats_per_token"] == 2.0

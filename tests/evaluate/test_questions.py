@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jaxllm.evaluate.questions import held_out, of_file
+from jaxllm.evaluate.questions import held_out, held_out_answers, of_file
 from jaxllm.text.chat import Conversation
 
 
@@ -113,3 +113,9 @@ def test_what_another_run_was_trained_on_is_not_asked(chats, pairs, tmp_path):
 def test_the_order_is_not_that_of_the_file(chats):
     numbers = [int(each.messages[0]["content"].split()[1]) for each in held_out([config(chats)])]
     assert numbers != sorted(numbers)
+
+
+def test_what_is_held_out_comes_with_the_answer_that_the_data_give(chats, pairs):
+    for given in (config(chats), config(pairs, "preference")):
+        found = held_out_answers(given)
+        assert [prompt for prompt, _ in found] == held_out([given]) and {answer for _, answer in found} == {"b"}

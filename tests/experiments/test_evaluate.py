@@ -92,5 +92,76 @@ def test_a_script_started_from_any_directory_explains_itself(script, tmp_path, n
 
 def test_the_help_names_every_flag(script):
     status, printed, _ = script("evaluate.py", "--help")
-    flags = ("--workdir", "--suite", "--files", "--field", "--sequence_length", "--batch_size", "--step")
+    names = (
+        "workdir suite files compare tasks count chat samples temperature max_new_tokens seed workers ensemble field"
+    )
+    flags = [f"--{name}" for name in f"{names} sequence_length batch_size step".split()]
     assert status == 0 and all(flag in printed for flag in flags)
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_answers_are_compared_in_a_table_a_file_and_a_figure(script, untrained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    run = untrained(48)
+    records = [{"prompt": f"q{number}", "references": ["x"], "answer": str(number)} for number in range(4)]
+    flags = ("--max_new_tokens=4", "--samples=2", "--temperature=1", "--workers=0", "--seed=3", "--batch_size=2")
+    files = f"--files=one={jsonl(tmp_path / 'a.jsonl', records)},two={jsonl(tmp_path / 'b.jsonl', records[:2])}"
+    status, printed, said = script(
+        "evaluate.py", f"--workdir={run}", "--suite=answers", files, f"--compare={run}@1", "--count=3", *flags
+    )
+    assert status == 0, said
+    written = json.loads((run / "evaluation.json").read_text())["suites"]["answers"]
+    assert {name: group["bleu"]["count"] for name, group in written["groups"].items()} == {"all": 5, "one": 3, "two": 2}
+    assert written["settings"]["asking"] == {
+        "samples": 2, "temperature": 1.0, "max_new_tokens": 4, "batch_size": 2, "seed": 3, "workers": 0,
+        "time_limit": 10.0,
+    }  # fmt: skip
+    assert written["compared"]["differences"]["all"]["pass@2"]["test"] == "mcnemar"
+    assert "pass@2" in printed and "difference" in printed and f"second:{run}@1" in "".join(printed.split())
+    assert (run / "figures" / "evaluation.png").exists()
+
+
+def test_tasks_and_choices_are_measured_at_a_step(script, untrained, tmp_path):
+    run = untrained(48)
+    flags = (f"--workdir={run}", "--step=1", "--workers=0", "--max_new_tokens=4")
+    assert script("evaluate.py", *flags, "--suite=tasks", "--tasks=addition:2,bandit", "--count=2")[0] == 0
+    records = [{"prompt": [{"role": "user", "content": "q"}], "choices": ["a", "b"], "answer": 0}]
+    files = f"--files={jsonl(tmp_path / 'c.jsonl', records)}"
+    assert script("evaluate.py", *flags, "--suite=choice", files, "--chat", "--sequence_length=20")[0] == 0
+    written = json.loads((run / "evaluation.json").read_text())["suites"]
+    assert list(written["tasks"]["groups"]) == ["addition:2", "all", "bandit:1"]
+    assert written["tasks"]["run"] == written["choice"]["run"] == f"{run}@1"
+    assert written["choice"]["settings"]["form"] == "chat" and written["choice"]["settings"]["sequence_length"] == 20
+
+
+def test_the_likelihood_of_each_domain_has_its_interval(script, untrained_run, files, tmp_path):
+    other = jsonl(tmp_path / "other.jsonl", [{"text": "other words"}])
+    flags = (f"--files=mine={files}/a.jsonl", f"--files=theirs={other}")
+    assert script("evaluate.py", f"--workdir={untrained_run}", *flags)[0] == 0
+    written = json.loads((untrained_run / "evaluation.json").read_text())
+    groups = written["suites"]["perplexity"]["groups"]
+    assert groups["all"]["nats_per_token"]["count"] == 5 and groups["mine"]["bits_per_byte"]["count"] == 4
+    assert groups["mine"]["nats_per_token"]["low"] < groups["mine"]["nats_per_token"]["value"]
+    assert groups["theirs"]["nats_per_token"]["low"] is None
+    assert groups["all"]["bits_per_byte"]["value"] == pytest.approx(written["bits_per_byte"])
+
+
+def test_reward_models_are_measured_beside_the_other_suites(script, untrained_run, monkeypatch):
+    from jaxllm.evaluate import rewarding
+    from jaxllm.evaluate.ranking import calibration
+
+    asked = []
+    report = {"pairs": 3, "accuracy": {"value": 0.5}}
+    monkeypatch.setattr(
+        rewarding, "accuracy", lambda *given, **how: asked.append((given, how)) or (report, calibration([1.0]))
+    )
+    flags = ("--suite=reward", "--files=pairs.jsonl", "--step=1", "--ensemble", "other")
+    status, printed, _ = script("evaluate.py", f"--workdir={untrained_run}", *flags)
+    assert status == 0 and asked == [(([str(untrained_run), "other"],), {"path": "pairs.jsonl", "step": 1})]
+    written = json.loads((untrained_run / "evaluation.json").read_text())
+    assert written["suites"]["reward"] == report and written["pairs"] == 3 and "accuracy" in printed
+    assert (untrained_run / "figures" / "calibration.png").exists()
