@@ -30,7 +30,7 @@ def benchmark(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_section_reports_numbers_that_can_be_true(tmp_path):
     path = tmp_path / "results.json"
     done = benchmark(f"--config={ROOT / 'configs' / 'llama_14m.py'}:tiny", "--seconds=1", f"--json={path}")
@@ -50,7 +50,7 @@ def test_every_section_reports_numbers_that_can_be_true(tmp_path):
     assert 0 < supervised < whole
     assert results["preference"]["DPO, live reference, times fine-tuning"]["median"] > 0
     assert results["rl"]["rollout, times the speed of plain decoding"]["median"] > 0
-    assert results["slots"]["predicted by the tokens that are wasted"] > 1
+    assert results["slots"]["predicted by the tokens that are wasted"]["median"] > 0
     for name in ("chunked_token_logprobs", "chunked_cross_entropy"):
         assert 0 < results["loss"][f"{name}, memory as a share of dense"] <= 0.25
     assert all(name in done.stdout for name in results)

@@ -64,7 +64,7 @@ def test_pairs_are_written_that_preference_training_reads_and_the_same_command_c
         f"<|bos|><|user|>Say {word}.<|end|><|assistant|>" for word in ("a", "be", "see") for _ in range(2)
     ]
     assert key == jax.random.key_data(jax.random.key(3)).tolist()
-    assert how == dict(max_new_tokens=4, sampler=SamplerConfig(0.5, top_k=7), batch_size=2)
+    assert how == dict(max_new_tokens=4, sampler=SamplerConfig(0.5, top_k=7), batch_size=2, stop_ids=(8, 3))
     before = lines(out)
     assert script("label_preferences.py", *flags)[:2] == (0, printed) and lines(out) == before
     assert (

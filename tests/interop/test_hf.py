@@ -48,7 +48,12 @@ def equal(a, b) -> bool:
 # ---- the same numbers as transformers ----
 
 
-@pytest.mark.parametrize("case", CASES)
+def some_thorough(cases, always):
+    """The cases, those marked that are not ``always`` run."""
+    return [pytest.param(case, marks=() if case in always else pytest.mark.thorough) for case in cases]
+
+
+@pytest.mark.parametrize("case", some_thorough(CASES, GREEDY))
 def test_logits_and_gradients_are_those_of_transformers(tmp_path, case):
     expected = golden(case)
     config, params = hf.read(saved(tmp_path / "hf", case), unroll=1)
@@ -70,7 +75,7 @@ def test_logits_and_gradients_are_those_of_transformers(tmp_path, case):
         np.testing.assert_allclose(MAKER["probe"](name, theirs[name]), numbers, atol=1e-5, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("case", GREEDY)
+@pytest.mark.parametrize("case", some_thorough(GREEDY, GREEDY[::3]))
 def test_a_ragged_batch_is_continued_as_transformers_continues_it_padded_on_the_left(tmp_path, case):
     config, params = hf.read(saved(tmp_path / "hf", case))
     rows = MAKER["prompts"]()
