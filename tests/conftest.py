@@ -14,6 +14,7 @@ XLA_FLAGS = (
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS)).strip()
 
 import functools  # noqa: E402  JAX reads the two variables when it is first imported
+import gc  # noqa: E402
 import json  # noqa: E402
 import re  # noqa: E402
 import sys  # noqa: E402
@@ -103,6 +104,21 @@ def honest_names():
 def name_checker():
     """``checker``, to test the test."""
     return checker
+
+
+# ---- programs that are over ----
+
+# Every compiled program takes a few of the pieces of memory that Linux lets a process have: a worker that has had
+# thousands dies of it, without a word. Freed programs come back out of the cache on the disk.
+MOST_MAPS = int(Path("/proc/sys/vm/max_map_count").read_text()) // 3 if Path("/proc/self/maps").exists() else 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Frees the programs of the files before, once there are too many."""
+    if MOST_MAPS and Path("/proc/self/maps").read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 # ---- tiny models ----

@@ -86,8 +86,10 @@ class Family:
         rows += [(f"blocks/{ours}_norm/scale", f"{theirs}.weight", "d", "d") for ours, theirs in self.norms.items()]
         for (ours, theirs), layout in zip((("query", "q"), ("key", "k")), self.query_key_norms, strict=False):
             rows.append((f"blocks/attention/{ours}_norm/scale", f"self_attn.{theirs}_norm.weight", *layout))
-        layered = lambda name, row: f"model.layers.{{}}.{name}" if row.startswith("blocks/") else name  # noqa: E731
-        return tuple(Tensor(row, layered(name, row), theirs, ours) for row, name, theirs, ours in rows)
+        prefixes = {True: "model.layers.{}.", False: ""}
+        return tuple(
+            Tensor(row, prefixes[row.startswith("blocks/")] + name, theirs, ours) for row, name, theirs, ours in rows
+        )
 
     def read(self, theirs: Mapping[str, Any]) -> dict:
         """The values of our ``model`` section that say which model it is; ``ValueError`` names what we do not have."""
@@ -319,6 +321,11 @@ def _alike(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float):
         return math.isclose(ours, theirs, rel_tol=1e-9)
     return ours == theirs
+
+
+def reach(config: DecoderConfig) -> int:
+    """The longest text that files say a model is for, where nobody knows: what RoPE was stretched to, or 4096."""
+    return int(config.rope.factor * config.rope.original_length) or 4096
 
 
 # ---- layouts ----

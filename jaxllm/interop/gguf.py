@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxllm import tree
-from jaxllm.interop import families, gguf_format, gguf_vocabulary, hf
+from jaxllm.interop import families, gguf_format, gguf_vocabulary, placing
 from jaxllm.interop import gguf_architectures as architectures
 from jaxllm.interop.families import Tensor
 from jaxllm.interop.gguf_architectures import ARCHITECTURES, BIASES, EMBEDDING, HEAD, ROPE_FACTORS, Architecture
@@ -23,8 +23,6 @@ from jaxllm.interop.gguf_format import Entry
 from jaxllm.model import DecoderConfig, build
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
-
-SHOWN = 8  # names spelled out in one message
 
 # ---- in ----
 
@@ -58,7 +56,7 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def read(
-    path: str | os.PathLike, *, shardings: Tree = None, progress: hf.Progress | None = None, **computed: Any
+    path: str | os.PathLike, *, shardings: Tree = None, progress: placing.Progress | None = None, **computed: Any
 ) -> tuple[DecoderConfig, Tree]:
     """(config, float32 parameters) of a GGUF file's model: what was quantised is what its blocks stand for.
 
@@ -68,58 +66,18 @@ def read(
     said = source(path)
     config = families.decoder(_values(said), **computed)
     abstract = jax.eval_shape(build(config).init, jax.random.key(0))
-    matched = _matched(said, abstract)
-    done, total = [0], sum(entry.bytes for _, entries in matched.values() for entry in entries)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, abstract)
+    how = dict(what=f"{said.path}: arrays", model=f"the {said.architecture.name!r} it says it is")
+    matched = placing.matched(said.architecture.tensors, abstract, said.arrays, known={ROPE_FACTORS}, **how)
 
-    def one(tensor: Tensor, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
-        array = architectures.to_ours(said.architecture, config, tensor, gguf_format.read(entry), shape)
-        done[0] += entry.bytes
-        if progress is not None:
-            progress(done[0], total)
-        return array
+    def read_one(tensor: Tensor, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
+        return architectures.to_ours(said.architecture, config, tensor, gguf_format.read(entry), shape)
 
-    def parameter(name: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
-        tensor, entries = matched[name]
-        shape = leaf.shape[1:] if architectures.layered(tensor) else leaf.shape
-        arrays = (one(tensor, entry, shape) for entry in entries)
-        on_host = all(device.platform == "cpu" for device in sharding.addressable_devices)
-        return (hf.filled if on_host else hf.stacked)(
-            arrays, leaf.shape, sharding, layered=architectures.layered(tensor)
-        )
-
-    return config, tree.map_named(parameter, abstract, shardings)
+    return config, placing.placed(abstract, matched, read_one, shardings=shardings, progress=progress)
 
 
 def _values(said: Source) -> dict:
     fields = architectures.fields(said.architecture, said.metadata, said.arrays)
     return families.read(fields)[1] | {key: name in said.arrays for key, name in BIASES.items()}
-
-
-def _matched(said: Source, abstract: Tree) -> dict[str, tuple[Tensor, list[Entry]]]:
-    """Parameter -> (its row of the table, where its layers lie), for all of both."""
-    table = {tensor.parameter: tensor for tensor in said.architecture.tensors}
-    matched, missing, wrong, known = {}, [], [], {ROPE_FACTORS}
-    for name, leaf in zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True):
-        tensor = table[name]
-        names = (
-            [tensor.name.format(n) for n in range(leaf.shape[0])] if architectures.layered(tensor) else [tensor.name]
-        )
-        shape = families.their_shape(tensor, leaf.shape[1:] if architectures.layered(tensor) else leaf.shape)
-        there = {each: said.arrays[each] for each in names if each in said.arrays}
-        missing += [each for each in names if each not in there]
-        wrong += [f"{each} is {entry.shape} and not {shape}" for each, entry in there.items() if entry.shape != shape]
-        known |= set(names)
-        matched[name] = tensor, list(there.values())
-    others = sorted(set(said.arrays) - known)
-    for what, names in (("are missing", missing), ("have other shapes", wrong), ("are not known", others)):
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            named = ", ".join(names[:SHOWN]) + more
-            raise ValueError(f"{said.path}: arrays {what}, of the {said.architecture.name!r} it says it is: {named}")
-    return matched
 
 
 # ---- out ----
@@ -179,7 +137,7 @@ def _metadata(config: DecoderConfig, max_positions: int) -> tuple[Architecture, 
         for key, theirs in (architectures.KEYS | dict(architecture.keys)).items()
         if fields.get(theirs)
     }
-    said |= {"context_length": max_positions or _reach(config), "vocab_size": config.vocab_size}
+    said |= {"context_length": max_positions or families.reach(config), "vocab_size": config.vocab_size}
     said |= {"rope.dimension_count": config.head_width, "attention.value_length": config.head_width}
     scaling = dict(fields["rope_scaling"] or {})
     if scaling.pop("rope_type", "llama3") != "llama3":
@@ -190,10 +148,6 @@ def _metadata(config: DecoderConfig, max_positions: int) -> tuple[Architecture, 
     metadata = {f"{architecture.name}.{key}": x for key, x in said.items()}
     _require_same(architecture, config, fields, metadata)
     return architecture, metadata
-
-
-def _reach(config: DecoderConfig) -> int:
-    return int(config.rope.factor * config.rope.original_length) or 4096
 
 
 def _require_same(architecture: Architecture, config: DecoderConfig, fields: Mapping, metadata: Mapping) -> None:
@@ -230,10 +184,8 @@ def _rows(architecture: Architecture, config: DecoderConfig, params: Tree) -> It
     if config.rope.scaling == "llama3":
         divided = architectures.factors(dataclasses.asdict(config.rope), {"head_dim": config.head_width})
         yield ROPE_FACTORS, divided.shape, lambda: divided
-    order = [(tensor, None) for tensor in tensors if not architectures.layered(tensor)]
-    order += [
-        (tensor, layer) for layer in range(config.num_layers) for tensor in tensors if architectures.layered(tensor)
-    ]
+    order = [(tensor, None) for tensor in tensors if not placing.layered(tensor)]
+    order += [(tensor, layer) for layer in range(config.num_layers) for tensor in tensors if placing.layered(tensor)]
     for tensor, layer in order:
         leaf = leaves[tensor.parameter]
         shape = families.their_shape(tensor, leaf.shape if layer is None else leaf.shape[1:])

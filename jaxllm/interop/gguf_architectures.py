@@ -215,7 +215,3 @@ def to_theirs(architecture: Architecture, config: DecoderConfig, tensor: Tensor,
         apart = array.reshape(heads, 2, -1, *array.shape[1:])
         array = apart.swapaxes(1, 2).reshape(array.shape)
     return array
-
-
-def layered(tensor: Tensor) -> bool:
-    return "{}" in tensor.name

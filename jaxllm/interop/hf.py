@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm import tree
-from jaxllm.interop import families, safetensors
+from jaxllm.interop import families, placing, safetensors
 from jaxllm.interop.families import Family, Tensor
+from jaxllm.interop.placing import SHOWN, Progress, layered
 from jaxllm.model import DecoderConfig, build
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
@@ -30,9 +31,6 @@ SHARD_BYTES = 5_000_000_000
 # What files hold beside the parameters: tables that are made again here, and what sees pictures.
 NO_PARAMETERS = re.compile(r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|multi_modal_projector)\..*")
 TEXT_OF_PICTURES = re.compile(r"(model\.language_model|language_model\.model)\.")
-SHOWN = 8  # names spelled out in one message
-
-Progress = Callable[[int, int], None]  # (bytes read so far, of how many)
 
 
 def read_config(folder: str | os.PathLike) -> dict:
@@ -59,105 +57,16 @@ def read(
     config = families.decoder(values, **computed)
     abstract = jax.eval_shape(build(config).init, jax.random.key(0))
     found = _entries(folder)
-    tensors = _matched(family, abstract, found)
-    if shardings is None:
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: here, abstract)
+    said = dict(what="tensors", model=f"the {family.name!r} that config.json describes")
+    known = {"lm_head.weight"} if config.tied_head else ()
+    tensors = placing.matched(family.tensors, abstract, found, known=known, **said)
     if config.tied_head:
         _require_same_head(found)
-    done, total = [0], sum(entry.bytes for rows in tensors.values() for entry in rows[1])
 
-    def counted(entry: safetensors.Entry) -> np.ndarray:
-        array = safetensors.read(entry)
-        done[0] += entry.bytes
-        if progress is not None:
-            progress(done[0], total)
-        return array
+    def read_one(tensor: Tensor, entry: safetensors.Entry, shape: tuple[int, ...]) -> np.ndarray:
+        return families.to_ours(tensor, safetensors.read(entry), shape)
 
-    def parameter(name: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
-        tensor, rows = tensors[name]
-        shape = leaf.shape[1:] if _layered(tensor) else leaf.shape
-        arrays = (families.to_ours(tensor, counted(entry), shape) for entry in rows)
-        on_host = all(device.platform == "cpu" for device in sharding.addressable_devices)
-        return (filled if on_host else stacked)(arrays, leaf.shape, sharding, layered=_layered(tensor))
-
-    return config, tree.map_named(parameter, abstract, shardings)
-
-
-def filled(arrays: Iterable[np.ndarray], shape: tuple[int, ...], sharding, *, layered: bool) -> jax.Array:
-    """A float32 parameter out of its layers, where devices share the host's memory: written once, where it stays."""
-    cuts = sharding.addressable_devices_indices_map(shape)
-    parts = {device: _aligned(_lengths(cut, shape)) for device, cut in cuts.items()}
-    for layer, array in enumerate(arrays):
-        for device, cut in cuts.items():
-            np.copyto(parts[device][layer] if layered else parts[device], array[_inside(cut, layered)])
-    arrays = [jax.device_put(part, device) for device, part in parts.items()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-
-
-def stacked(arrays: Iterable[np.ndarray], shape: tuple[int, ...], sharding, *, layered: bool) -> jax.Array:
-    """A float32 parameter out of its layers, each on its devices before the next is read."""
-    cuts = sharding.addressable_devices_indices_map(shape)
-    parts = {device: [] for device in cuts}
-    for array in arrays:
-        for device, cut in cuts.items():
-            parts[device].append(jax.device_put(np.float32(array[_inside(cut, layered)]), device))
-        jax.block_until_ready([own[-1] for own in parts.values()])
-    wholes = [jnp.stack(own) if layered else own[0] for own in parts.values()]
-    return jax.make_array_from_single_device_arrays(shape, sharding, wholes)
-
-
-def _inside(cut: tuple[slice, ...], layered: bool) -> tuple[slice, ...]:
-    """The cut of a single layer: layers themselves are on every device."""
-    return cut[1:] if layered else cut
-
-
-def _lengths(cut: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(len(range(*part.indices(length))) for part, length in zip(cut, shape, strict=True))
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Unset memory that JAX takes as it is: on a host's devices it copies what does not begin at a multiple of 64."""
-    size = 4 * math.prod(shape)
-    raw = np.empty(size + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    return raw[begin : begin + size].view(np.float32).reshape(shape)
-
-
-# ---- which tensor is which parameter ----
-
-
-def _matched(family: Family, abstract: Tree, found: Mapping[str, safetensors.Entry]) -> dict:
-    """Parameter -> (its row of the family's table, where its layers lie), for all of both."""
-    table = {tensor.parameter: tensor for tensor in family.tensors}
-    leaves = dict(zip(tree.names(abstract), jax.tree.leaves(abstract), strict=True))
-    matched, missing, wrong, known = {}, [], [], set()
-    for name, leaf in leaves.items():
-        names, shape = _names(table[name], leaf.shape)
-        there = {each: found[each] for each in names if each in found}
-        missing += [each for each in names if each not in found]
-        wrong += [f"{each} is {entry.shape} and not {shape}" for each, entry in there.items() if entry.shape != shape]
-        known |= set(names)
-        matched[name] = table[name], list(there.values())
-    if "head/kernel" not in leaves:
-        known.add("lm_head.weight")
-    for what, names in (("are missing", missing), ("have other shapes", wrong), ("are not known", set(found) - known)):
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            named = ", ".join(sorted(names)[:SHOWN]) + more
-            raise ValueError(f"tensors {what}, of the {family.name!r} that config.json describes: {named}")
-    return matched
-
-
-def _names(tensor: Tensor, shape: tuple[int, ...]) -> tuple[list[str], tuple[int, ...]]:
-    """(their names, in the order of the layers, the shape of each) for a parameter of this shape."""
-    if not _layered(tensor):
-        return [tensor.name], families.their_shape(tensor, shape)
-    return [tensor.name.format(layer) for layer in range(shape[0])], families.their_shape(tensor, shape[1:])
-
-
-def _layered(tensor: Tensor) -> bool:
-    return "{}" in tensor.name
+    return config, placing.placed(abstract, tensors, read_one, shardings=shardings, progress=progress)
 
 
 def _require_same_head(found: Mapping[str, safetensors.Entry]) -> None:
@@ -255,7 +164,8 @@ def write(
     _write_weights(folder, list(_rows(family, said)), dtype, shard_bytes)
     # Null where there is none: a field that is left out is the id of that name in the family's first model.
     facts = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | dict(tokenizer_facts)
-    sizes = {"max_position_embeddings": max_positions or _reach(config), "initializer_range": 0.02, "use_cache": True}
+    sizes = {"max_position_embeddings": max_positions or families.reach(config)}
+    sizes |= {"initializer_range": 0.02, "use_cache": True}
     kind = {"architectures": [family.architecture], "model_type": family.name}
     # Both spellings of the dtype, as of the rotary embedding: older versions know one, newer the other.
     kind |= {"dtype": dtype, "torch_dtype": dtype, "attention_dropout": 0.0}
@@ -275,16 +185,11 @@ def _require_those_of(config: DecoderConfig, params: Tree) -> None:
         raise ValueError(f"the parameters are not those of the config's model: {shown}")
 
 
-def _reach(config: DecoderConfig) -> int:
-    rope = config.rope
-    return int(rope.factor * rope.original_length) if rope.original_length else 4096
-
-
 def _rows(family: Family, params: Tree) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
     """(their name, its shape, a function that makes it) of every tensor: the layers in their order, the head last."""
     leaves = dict(zip(tree.names(params), jax.tree.leaves(params), strict=True))
     tensors = [tensor for tensor in family.tensors if tensor.parameter in leaves]
-    inside = [tensor for tensor in tensors if _layered(tensor)]
+    inside = [tensor for tensor in tensors if layered(tensor)]
     depth = len(leaves[inside[0].parameter])
     order = [(tensor, None) for tensor in tensors if tensor.parameter == "embedding/table"]
     order += [(tensor, layer) for layer in range(depth) for tensor in inside]

@@ -65,7 +65,10 @@ def _fill(directory: Path, values: Mapping, source: Path, format, computed: Mapp
     tokenizer = interop.read_tokenizer(source)
     with _bar() as bar:
         task = bar.add_task(source.name, total=None)
-        progress = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
         config, params = format.read(source, progress=progress, **computed)
     config.with_vocabulary(tokenizer.vocab_size)  # refuses ids without a row
     tokenizer.save(directory / "tokenizer")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxllm import sharding, tree
 from jaxllm.generate import SamplerConfig, generate
-from jaxllm.interop import families, hf, safetensors
+from jaxllm.interop import families, hf, placing, safetensors
 from jaxllm.losses import token_logprobs
 from jaxllm.model import build, parameter_rules
 
@@ -349,7 +349,7 @@ def test_parameters_go_to_their_shards_and_are_the_same(tmp_path, mesh):
     assert equal(whole, hf.read(tmp_path / "again")[1])
 
 
-@pytest.mark.parametrize("way", [hf.filled, hf.stacked])
+@pytest.mark.parametrize("way", [placing.filled, placing.stacked])
 @pytest.mark.parametrize("layered", [True, False])
 def test_both_ways_to_make_a_parameter_make_the_same(make_mesh, way, layered):
     whole = np.random.default_rng(0).normal(size=(3, 4, 6)).astype("bfloat16")
@@ -388,7 +388,7 @@ def test_a_parameter_on_the_host_is_written_where_it_stays():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "device_put", watched)
-        found = hf.filled(made, (3, 8, 16), here, layered=True)
+        found = placing.filled(made, (3, 8, 16), here, layered=True)
     assert [found.unsafe_buffer_pointer()] == pointers
 
 
