@@ -126,7 +126,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.mesh.tensor = 1  # shards of heads, mlp and vocabulary
 
     config.loop = ml_collections.ConfigDict()
-    config.loop.steps = 300  # optimizer updates
+    config.loop.steps = 300  # optimizer updates; 0 saves the model as it begins
     config.loop.batch_size = 16  # sequences per update, over all processes
     config.loop.micro_batches = 4  # parts that a batch is cut into; gradients add up
     config.loop.log_every = 10  # steps between rows of metrics.jsonl

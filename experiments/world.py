@@ -32,14 +32,15 @@ def main():
     drawn = world.create(args.seed, people=args.people, heldout=args.heldout)
     manners = world.Manner(args.polite, args.concise, args.on_topic)
     seed, pairs = args.seed, args.pairs
+    asked, heldout = world.questions(drawn.asked), world.questions(drawn.heldout)
     files = {
         "documents": world.documents([*drawn.asked, *drawn.heldout], seed=seed, biographies=args.biographies),
-        "instructions": world.instructions(drawn.asked, seed=seed, answers=args.answers, manners=manners),
-        "preferences": world.preferences(drawn.asked, seed=seed, pairs=pairs),
-        "judgements": world.judgements(drawn.asked, seed=seed, pairs=pairs),
-        "heldout_questions": world.facts(drawn.heldout, seed=seed),
-        "heldout_preferences": world.preferences(drawn.heldout, seed=seed, pairs=1),
-        "heldout_judgements": world.judgements(drawn.heldout, seed=seed, pairs=1),
+        "instructions": world.instructions(asked, seed=seed, answers=args.answers, manners=manners),
+        "preferences": world.preferences(asked, seed=seed, pairs=pairs),
+        "judgements": world.judgements(asked, seed=seed, pairs=pairs),
+        "heldout_questions": world.facts(heldout, seed=seed),
+        "heldout_preferences": world.preferences(heldout, seed=seed, pairs=1),
+        "heldout_judgements": world.judgements(heldout, seed=seed, pairs=1),
     }
     for path, count in made.write(args.out, files):
         print(f"{path}: {count}")

@@ -179,8 +179,10 @@ def _throughput(config, stage, state) -> metrics.Throughput:
 
 def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> dict[str, float]:
     loop, step, validated = run.config.loop, int(state.step), {}
-    if step == 0 and loop.evaluate_first:
-        log.write(0, _validation(run, state))
+    if step == 0 and (loop.evaluate_first or not loop.steps):
+        log.write(0, validated := _validation(run, state))
+    if not loop.steps and run.checkpoints.latest_step is None:
+        _save(run, state, 0, log, validated)
     while step < loop.steps:
         batch, told = next(run.stage.batches), {}
         if run.stage.rollout:

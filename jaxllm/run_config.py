@@ -42,8 +42,8 @@ class LoopConfig:
 
     def __post_init__(self):
         periods = ("log_every", "evaluate_every", "save_every")
-        least = dict.fromkeys(("steps", "batch_size", "micro_batches", *periods, "sample_tokens", "keep_last"), 1)
-        least |= dict.fromkeys(("evaluate_batches", "evaluate_answers", "sample_every", "keep_best"), 0)
+        least = dict.fromkeys(("batch_size", "micro_batches", *periods, "sample_tokens", "keep_last"), 1)
+        least |= dict.fromkeys(("steps", "evaluate_batches", "evaluate_answers", "sample_every", "keep_best"), 0)
         for key, count in least.items():
             if getattr(self, key) < count:
                 raise ValueError(f"loop.{key}={getattr(self, key)} must be at least {count}")

@@ -17,17 +17,17 @@ FLOORS = {
     **dict.fromkeys(("sharding", "data", "rewards"), 1),
     **dict.fromkeys(("model", "checkpoint"), 2),
     **dict.fromkeys(("generate", "train", "workdir", "log"), 3),
-    **dict.fromkeys(("evaluate", "rl", "interop"), 4),
+    **dict.fromkeys(("curate", "evaluate", "rl", "interop"), 4),
     "run_config": 5,
     "stages": 6,
     "loop": 7,
-    "serve": 8,
+    **dict.fromkeys(("serve", "pipeline"), 8),
 }
 # Within floor 0, losses make their products with the one einsum, and metrics and figures stand apart.
 SAME_FLOOR = {("losses", "einsum"), ("rl", "evaluate")}
 MAY_COMPILE = ("loop", "generate", "evaluate", "rl", "hardware")
-MAY_TOUCH_FILES = ("text", "data", "checkpoint", "metrics", "figures", "workdir", "serve", "interop")
-NO_JAX = ("text", "data", "configure", "rewards")
+MAY_TOUCH_FILES = "text data checkpoint metrics figures workdir serve interop curate pipeline".split()
+NO_JAX = ("text", "data", "configure", "rewards", "curate")
 # Grain names an iterator's position get_state and set_state, and those who take one call them so.
 NOT_NAMES = re.compile(r"_?(get|compute)_(?!state$)|.*(Trainer|Manager|_fn$)|(utils|helpers)$")
 LONGEST_FILE, LONGEST_SCRIPT, LONG_SCRIPTS = 400, 60, ("benchmark.py", "measuring.py", "rollouts.py", "reference.py")

@@ -685,6 +685,17 @@ def test_what_cannot_run_is_refused_by_name_and_value_with_the_mend(values, tmp_
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_run_of_no_steps_saves_the_model_as_it_begins_for_another_to_start_from(values, tmp_path):
+    none = values(loop__steps=0, optimizer__warmup=0)
+    assert not train(none, tmp_path / "none").batches and steps_saved(tmp_path / "none") == [0]
+    (row,) = rows(tmp_path / "none")
+    assert row["step"] == 0 and row["validation_loss"] == pytest.approx(math.log(288), rel=0.05)
+    train(none, tmp_path / "none")
+    assert len(rows(tmp_path / "none")) == 1 and steps_saved(tmp_path / "none") == [0]
+    begun = train(values(loop__steps=1, optimizer__warmup=0, start=str(tmp_path / "none")), tmp_path / "begun")
+    assert list(begun.batches) == [1]
+
+
 # ---- a directory that holds a run ----
 
 

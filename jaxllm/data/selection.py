@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from jaxllm.data import minhash
 from jaxllm.data.config import SourceConfig
 from jaxllm.data.examples import TRAIN, Example
 from jaxllm.text import chat
 
 Labelled = Iterator[tuple[str, Example]]
-_WORDS = 3  # of a shingle
-_DRAW = np.random.default_rng(0)
-_FACTORS, _TERMS = _DRAW.integers(1 << 63, size=(2, 64), dtype=np.uint64)  # similarity within about 1 / sqrt(64)
 
 
 def selected(labelled: Callable[[], Labelled], source: SourceConfig) -> Labelled:
@@ -57,12 +55,7 @@ def _score(example: Example, seed: int) -> float:
 
 
 def _signature(example: Example, seed: int) -> np.ndarray:
-    """MinHash of the text's runs of words (Broder 1997): equal places of two tell the share of runs in common."""
-    words = example.text.lower().split()
-    shingles = {" ".join(words[start : start + _WORDS]) for start in range(max(len(words) - _WORDS, 0) + 1)}
-    digests = (hashlib.blake2b(shingle.encode(), digest_size=8).digest() for shingle in shingles)
-    hashes = np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
-    return ((hashes[:, None] * (_FACTORS | 1) + _TERMS) >> 32).min(axis=0).astype(np.uint32)
+    return minhash.signature(minhash.runs(example.text), length=64)
 
 
 def _highest(features: np.ndarray, count: int) -> np.ndarray:

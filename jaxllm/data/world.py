@@ -161,39 +161,39 @@ def questions(people: Sequence[Person]) -> list[Question]:
 def documents(people: Sequence[Person], *, seed: int, biographies: int) -> Iterator[Record]:
     """{"text"}: so many lives of each person, all their facts in a drawn order, each in a drawn way, people mixed."""
     draw = random.Random(f"documents {seed}")
-    for person in _repeated(people, biographies, draw):
+    for person in repeated(people, biographies, draw):
         kinds = draw.sample(sorted(RELATIONS), len(RELATIONS))
         said = ((draw.choice(RELATIONS[key].statements), person.facts[key]) for key in kinds)
         yield {"text": " ".join(statement.format(name=person.name, value=value) for statement, value in said)}
 
 
-def instructions(people: Sequence[Person], *, seed: int, answers: int, manners: Manner = MIXED) -> Iterator[Record]:
+def instructions(asked: Sequence[Question], *, seed: int, answers: int, manners: Manner = MIXED) -> Iterator[Record]:
     """{"prompt", "response", "answer", and what manner}: each question so many times, answered as the shares say.
 
     "answer" is the value alone. The three parts of a manner are drawn independently.
     """
     draw = random.Random(f"instructions {seed}")
-    for question in _repeated(questions(people), answers, draw):
+    for question in repeated(asked, answers, draw):
         manner = drawn(manners, draw)
         said = answered(question, manner, draw)
         yield {"prompt": question.text, "response": said, "answer": question.value, **manner._asdict()}
 
 
-def facts(people: Sequence[Person], *, seed: int) -> Iterator[Record]:
+def facts(asked: Sequence[Question], *, seed: int) -> Iterator[Record]:
     """{"prompt", "response", "answer"}: each question once, answered by a sentence that says what was asked alone."""
     draw = random.Random(f"facts {seed}")
-    for question in _repeated(questions(people), 1, draw):
+    for question in repeated(asked, 1, draw):
         yield {"prompt": question.text, "response": draw.choice(question.statements), "answer": question.value}
 
 
-def preferences(people: Sequence[Person], *, seed: int, pairs: int) -> Iterator[Record]:
+def preferences(asked: Sequence[Question], *, seed: int, pairs: int, manners: Manner = MIXED) -> Iterator[Record]:
     """{"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}: so many pairs of each question.
 
     A score is how many of the three an answer is: polite, concise, on the topic. None is a tie.
     """
     draw = random.Random(f"preferences {seed}")
-    for question in _repeated(questions(people), pairs, draw):
-        worse, better = sorted(_unequal(draw), key=sum)
+    for question in repeated(asked, pairs, draw):
+        worse, better = sorted(_unequal(manners, draw), key=sum)
         yield {
             "prompt": question.text,
             "chosen": answered(question, better, draw),
@@ -203,10 +203,10 @@ def preferences(people: Sequence[Person], *, seed: int, pairs: int) -> Iterator[
         }
 
 
-def judgements(people: Sequence[Person], *, seed: int, pairs: int) -> Iterator[Record]:
+def judgements(asked: Sequence[Question], *, seed: int, pairs: int) -> Iterator[Record]:
     """{"prompt", "response"}: which of two answers is better, in the wording of `text.verdicts`; either is as often."""
     draw = random.Random(f"judgements {seed}")
-    for pair in preferences(people, seed=draw.getrandbits(32), pairs=pairs):
+    for pair in preferences(asked, seed=draw.getrandbits(32), pairs=pairs):
         prompt = Conversation(({"role": "user", "content": pair["prompt"]},))
         texts, right = (pair["chosen"], pair["rejected"]), verdicts.FIRST
         if draw.random() < 0.5:
@@ -232,13 +232,13 @@ def drawn(shares: Manner, draw: random.Random) -> Manner:
     return Manner(*(int(draw.random() < share) for share in shares))
 
 
-def _unequal(draw: random.Random) -> tuple[Manner, Manner]:
+def _unequal(shares: Manner, draw: random.Random) -> tuple[Manner, Manner]:
     while True:
-        first, second = drawn(MIXED, draw), drawn(MIXED, draw)
+        first, second = drawn(shares, draw), drawn(shares, draw)
         if sum(first) != sum(second):
             return first, second
 
 
-def _repeated(items: Sequence, times: int, draw: random.Random) -> list:
+def repeated(items: Sequence, times: int, draw: random.Random) -> list:
     """Each item so many times, in a drawn order."""
     return draw.sample(list(items) * times, len(items) * times)

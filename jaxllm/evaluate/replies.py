@@ -100,8 +100,9 @@ def metrics(samples: int) -> tuple[Metric, ...]:
     rate = share if samples == 1 else mean
     passes = (share(f"pass@{k}") if k == samples else mean(f"pass@{k}") for k in powers(samples))
     bleu = summed("bleu", "bleu_counts", corpus_bleu)
+    likeness = rate("exact_match"), rate("contains"), bleu, mean("rouge_l")
     lengths = mean("answer_tokens"), rate("answers_ended")
-    return rate("exact_match"), bleu, mean("rouge_l"), rate("accuracy"), rate("format"), *passes, *lengths
+    return *likeness, rate("accuracy"), rate("format"), *passes, *lengths
 
 
 def replies(
@@ -194,6 +195,7 @@ def _likeness(references: Sequence[str], texts: Sequence[str]) -> dict[str, Any]
     accepted = {reference.strip() for reference in references}
     return {
         "exact_match": fmean(text.strip() in accepted for text in texts),
+        "contains": fmean(any(reference in text for reference in accepted) for text in texts),
         "rouge_l": fmean(max(rouge_l(reference, text) for reference in references) for text in texts),
         "sentence_bleu": fmean(bleu),
         "bleu_counts": np.sum(counts, axis=0).tolist(),

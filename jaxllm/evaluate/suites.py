@@ -20,6 +20,7 @@ from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
 ALL = "all"  # the group of all items
+LIKENESS = ("exact_match", "contains", "bleu", "rouge_l")
 _NAMED = re.compile(r"([\w-]+)=(.+)", re.DOTALL)
 
 
@@ -207,7 +208,7 @@ def _reply_metrics(settings: Settings) -> tuple[Metric, ...]:
 
 def _task_metrics(settings: Settings) -> tuple[Metric, ...]:
     """A task has no reference text."""
-    return tuple(each for each in _reply_metrics(settings) if each.name not in ("exact_match", "bleu", "rouge_l"))
+    return tuple(each for each in _reply_metrics(settings) if each.name not in LIKENESS)
 
 
 # ---- choice ----

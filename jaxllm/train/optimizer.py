@@ -60,7 +60,7 @@ def schedule(config: OptimizerConfig, *, steps: int, tokens_per_step: int) -> Ca
     decays linearly over the last ``decay_fraction`` of the steps (Hu et al. 2024, arXiv:2404.06395, section 4.1).
     """
     warmup = config.warmup if config.warmup_unit == "steps" else math.ceil(config.warmup / tokens_per_step)
-    if warmup >= steps:
+    if warmup and warmup >= steps:
         raise ValueError(f"optimizer.warmup of {warmup} steps leaves nothing of loop.steps={steps}; lower it")
     final = config.final_fraction
     stay = max(warmup, round(steps * (1 - config.decay_fraction))) if config.schedule == "wsd" else warmup

@@ -76,21 +76,6 @@ def test_diverse_ones_lie_far_apart():
     assert set(kept(texts, "diverse", 4)) > set(kept(texts, "diverse", 3))
 
 
-def test_the_similarity_of_signatures_is_the_share_of_runs_of_words_in_common():
-    from jaxllm.data.selection import _signature
-
-    def shingles(text):
-        words = text.split()
-        return {tuple(words[i : i + 3]) for i in range(len(words) - 2)}
-
-    words = [str(i) for i in range(400)]
-    for shift in (0, 40, 100, 200, 400):
-        first, second = " ".join(words[:300]), " ".join([*words, *"abcdefgh" * 50][shift : shift + 300])
-        a, b = shingles(first), shingles(second)
-        measured = (_signature(Example(first), 0) == _signature(Example(second), 0)).mean()
-        assert measured == pytest.approx(len(a & b) / len(a | b), abs=0.2)
-
-
 @pytest.mark.parametrize("keep", [4, 0.1])
 def test_more_or_less_than_there_is_cannot_be_kept(keep):
     with pytest.raises(ValueError, match=f"keep={keep} of the 3 training documents of a.jsonl: change keep"):

@@ -52,8 +52,9 @@ def test_a_seed_decides_everything_and_another_one_changes_it():
     assert world.create(7).asked != WORLD.asked
     for written in (world.documents, world.instructions, world.preferences, world.judgements, world.facts):
         times = {world.documents: {"biographies": 1}, world.instructions: {"answers": 1}, world.facts: {}}
-        how = times.get(written, {"pairs": 1})
-        first, again, other = (list(written(WORLD.heldout, seed=seed, **how)) for seed in (3, 3, 4))
+        how, about = times.get(written, {"pairs": 1}), WORLD.heldout
+        about = about if written is world.documents else world.questions(about)
+        first, again, other = (list(written(about, seed=seed, **how)) for seed in (3, 3, 4))
         assert first == again != other and len(first) == len(other)
 
 
@@ -94,17 +95,17 @@ def test_every_fact_is_asked_for_in_every_way_and_each_statement_says_the_value(
     for question in questions:
         assert all(question.value in statement for statement in question.statements)
         assert len(set(question.statements)) == len(question.statements)
-    assert len(list(world.facts(WORLD.heldout, seed=0))) == len(questions)
-    for record in world.facts(WORLD.heldout, seed=0):
+    assert len(list(world.facts(world.questions(WORLD.heldout), seed=0))) == len(questions)
+    for record in world.facts(world.questions(WORLD.heldout), seed=0):
         (question,) = (question for question in questions if question.text == record["prompt"])
         assert record["response"] in question.statements and record["answer"] == question.value
 
 
 def test_nobody_who_is_held_out_is_named_in_what_is_asked_about_the_others():
     records = itertools.chain(
-        world.instructions(WORLD.asked, seed=0, answers=1),
-        world.preferences(WORLD.asked, seed=0, pairs=1),
-        world.judgements(WORLD.asked, seed=0, pairs=1),
+        world.instructions(world.questions(WORLD.asked), seed=0, answers=1),
+        world.preferences(world.questions(WORLD.asked), seed=0, pairs=1),
+        world.judgements(world.questions(WORLD.asked), seed=0, pairs=1),
     )
     found = set().union(*map(mentioned, records))
     assert found == names(WORLD.asked)
@@ -128,7 +129,7 @@ def test_the_rules_see_every_answer_in_the_manner_that_it_was_made_in():
 
 def test_the_parts_of_an_instructions_manner_are_drawn_independently_by_their_shares():
     shares = Manner(0.2, 0.5, 0.9)
-    records = list(world.instructions(WORLD.asked, seed=0, answers=4, manners=shares))
+    records = list(world.instructions(world.questions(WORLD.asked), seed=0, answers=4, manners=shares))
     assert len(records) == 4 * len(world.questions(WORLD.asked))
     for key, share in shares._asdict().items():
         assert abs(fmean(record[key] for record in records) - share) < 0.03
@@ -141,7 +142,7 @@ def test_the_parts_of_an_instructions_manner_are_drawn_independently_by_their_sh
 
 
 def test_an_sft_model_of_the_mixture_would_score_half_of_the_points():
-    records = list(world.instructions(WORLD.asked, seed=0, answers=4))
+    records = list(world.instructions(world.questions(WORLD.asked), seed=0, answers=4))
     points = [style.style(asked(record["prompt"]), record["response"], record) for record in records]
     assert abs(fmean(points) - 1.5) < 0.05
 
@@ -150,7 +151,7 @@ def test_an_sft_model_of_the_mixture_would_score_half_of_the_points():
 
 
 def test_the_chosen_answer_is_the_one_of_more_points_and_the_scores_are_the_points():
-    records = list(world.preferences(WORLD.asked, seed=0, pairs=2))
+    records = list(world.preferences(world.questions(WORLD.asked), seed=0, pairs=2))
     assert set(Counter(record["prompt"] for record in records).values()) == {2}
     better = Counter()
     for record in records:
@@ -162,7 +163,7 @@ def test_the_chosen_answer_is_the_one_of_more_points_and_the_scores_are_the_poin
 
 
 def test_a_judgement_shows_two_answers_and_says_which_is_better_and_either_letter_as_often():
-    records = list(world.judgements(WORLD.asked, seed=0, pairs=2))
+    records = list(world.judgements(world.questions(WORLD.asked), seed=0, pairs=2))
     for record in records:
         question, first, second, last = (part.split(": ")[-1] for part in record["prompt"].split("\n\n"))
         points = [style.style(asked(question), text, {}) for text in (first, second)]

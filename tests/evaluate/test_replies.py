@@ -99,6 +99,7 @@ def test_a_run_of_texts_holds_out_no_question():
 def test_any_accepted_reference_is_right_but_for_blanks_around_it(told):
     items = told([asked("a", "Paris", "in Paris"), asked("b", "Rome"), asked("c", "x")], [" in Paris\n", "rome", "x y"])
     assert [item["scores"]["exact_match"] for item in items] == [1.0, 0.0, 0.0]
+    assert [item["scores"]["contains"] for item in items] == [1.0, 0.0, 1.0]
     assert [item["scores"]["rouge_l"] for item in items] == [1.0, 1.0, pytest.approx(2 / 3)]
     assert items[0]["answers"] == [" in Paris\n"] and items[0]["references"] == ["Paris", "in Paris"]
     assert items[0]["scores"]["answer_tokens"] == 11 and items[0]["scores"]["answers_ended"] == 1.0
@@ -108,7 +109,7 @@ def test_what_a_question_lacks_is_not_counted_as_wrong(told):
     items = told([asked("a", "x"), asked("b", answers=("4",)), asked("c")], ["x", "It is so: the answer is 4.", "y"])
     found = values(items)
     assert {name: measure.count for name, measure in found.items()} == {
-        "exact_match": 1, "bleu": 1, "rouge_l": 1, "accuracy": 1, "format": 1, "pass@1": 1,
+        "exact_match": 1, "contains": 1, "bleu": 1, "rouge_l": 1, "accuracy": 1, "format": 1, "pass@1": 1,
         "answer_tokens": 3, "answers_ended": 3,
     }  # fmt: skip
     assert found["accuracy"].value == found["pass@1"].value == 1.0 and found["format"].value == 0.0

@@ -17,11 +17,14 @@ def test_the_files_hold_the_world_of_the_seed_and_can_be_read(script, tmp_path):
     made = world.create(5, people=22, heldout=2)
     assert records(out, "documents") == list(world.documents([*made.asked, *made.heldout], seed=5, biographies=2))
     shares = world.Manner(1, 0.5, 0.5)
-    assert records(out, "instructions") == list(world.instructions(made.asked, seed=5, answers=1, manners=shares))
+    assert records(out, "instructions") == list(
+        world.instructions(world.questions(made.asked), seed=5, answers=1, manners=shares)
+    )
     for prefix, people in (("", made.asked), ("heldout_", made.heldout)):
-        assert records(out, f"{prefix}preferences") == list(world.preferences(people, seed=5, pairs=1))
-        assert records(out, f"{prefix}judgements") == list(world.judgements(people, seed=5, pairs=1))
-    assert records(out, "heldout_questions") == list(world.facts(made.heldout, seed=5))
+        asked = world.questions(people)
+        assert records(out, f"{prefix}preferences") == list(world.preferences(asked, seed=5, pairs=1))
+        assert records(out, f"{prefix}judgements") == list(world.judgements(asked, seed=5, pairs=1))
+    assert records(out, "heldout_questions") == list(world.facts(world.questions(made.heldout), seed=5))
     for path in sorted(out.iterdir()):
         assert f"{path}: {len(records(out, path.stem))}\n" in printed
     for name in ("instructions", "judgements", "heldout_questions", "heldout_judgements"):

@@ -1,0 +1,90 @@
+"""What a stage does, by its kind, and the command that does the same alone.
+
+Each can be called again on what it left: it goes on, or finds everything done.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxllm import curate, loop, metrics, workdir
+from jaxllm.configure import section
+from jaxllm.data import lessons, made
+from jaxllm.data.sources import DocumentSource
+from jaxllm.model import DecoderConfig, flops_per_token
+from jaxllm.pipeline.config import flat
+from jaxllm.text import prepare
+
+Values = Mapping[str, Any]
+
+
+class Kind(NamedTuple):
+    """run: (values, directory) -> numbers that a gate may be about. spent: directory -> "tokens", "flops", "mfu".
+
+    script: the command; out: its flag for the directory, prefix: of all others. usual: what the flags are untold.
+    """
+
+    run: Callable[[Values, str], dict[str, Any]]
+    spent: Callable[[str], dict[str, float | None]]
+    script: str
+    out: str = "out"
+    prefix: str = ""
+    usual: Values = {}
+
+
+def command(kind: Kind, values: Values, untold: Values, directory: str, config: str) -> str:
+    """The command of a stage: what its values say that would not be so untold."""
+    usual = flat(untold)
+    said = [f"--{kind.prefix}{key}={_spelled(value)}" for key, value in flat(values).items() if usual.get(key) != value]
+    named = [f"--config={config}"] if config else []
+    return shlex.join(["python", kind.script, *named, f"--{kind.out}={directory}", *said])
+
+
+def _spelled(value: Any) -> str:
+    return repr(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _lessons(values: Values, directory: str) -> dict[str, Any]:
+    written = dict(made.write(directory, lessons.lessons(lessons.Plan(**values))))
+    return {path.stem: count for path, count in written.items()}
+
+
+def _clean(values: Values, directory: str) -> dict[str, Any]:
+    report = curate.clean(out=directory, **values)
+    return {**curate.numbers(report), "report": report}
+
+
+def _tokenizer(values: Values, directory: str) -> dict[str, Any]:
+    """files, vocab_size, and perhaps field and held_out: as the flags of the script."""
+    given = dict(values)
+    source = DocumentSource(given.pop("files"), given.pop("field", "text"))
+    return prepare.learn((document.text for document in source.documents()), out=directory, **given)
+
+
+def _nothing(directory: str) -> dict[str, float | None]:
+    return {"tokens": None, "flops": None, "mfu": None}
+
+
+def _train(values: Values, directory: str) -> dict[str, Any]:
+    return loop.run(values, directory)
+
+
+def _trained(directory: str) -> dict[str, float | None]:
+    """Tokens that were trained on, what forward and backward of them took, and the MFU, by the time of each row."""
+    values = workdir.config(directory)
+    rows = [row for row in metrics.read(f"{directory}/metrics.jsonl") if "tokens_per_second" in row]
+    tokens = max((row["tokens"] for row in rows), default=0)
+    model = section(DecoderConfig, values["model"], path="config.model")
+    each = flops_per_token(model, values["data"]["sequence_length"])
+    known = [row for row in rows if isinstance(row.get("mfu"), float)]
+    seconds = sum(row["seconds"] for row in known)
+    mfu = sum(row["mfu"] * row["seconds"] for row in known) / seconds if seconds else None
+    return {"tokens": tokens, "flops": tokens * each, "mfu": mfu}
+
+
+KINDS = {
+    "lessons": Kind(_lessons, _nothing, "experiments/lessons.py", usual=lessons.Plan()._asdict()),
+    "clean": Kind(_clean, _nothing, "experiments/curate.py", usual={"field": "text", "preset": "any"}),
+    "tokenizer": Kind(_tokenizer, _nothing, "experiments/tokenizer.py", usual={"vocab_size": 4096}),
+    "train": Kind(_train, _trained, "experiments/train.py", out="workdir", prefix="config."),
+}

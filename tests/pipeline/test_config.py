@@ -1,0 +1,85 @@
+import copy
+
+import pytest
+
+from configs import pipeline, quickstart
+from jaxllm.configure import section
+from jaxllm.pipeline.config import GateConfig, PipelineConfig, changed, flat, placed
+
+VALUES = pipeline.get_config().to_dict()
+
+
+def made(**changes):
+    """The pipeline with these changes, by keys with dots between."""
+    values = copy.deepcopy(VALUES)
+    for key, value in changes.items():
+        *path, last = key.split("/")
+        inner = values
+        for name in path:
+            inner = inner[name]
+        inner[last] = value
+    return section(PipelineConfig, values)
+
+
+@pytest.mark.parametrize("config", [pipeline.get_config(), quickstart.get_config(), quickstart.get_config("tiny")])
+def test_every_stage_of_the_configs_stands_in_order_behind_a_gate(config):
+    read = section(PipelineConfig, config.to_dict())
+    assert set(read.order) == set(read.stages)
+    assert all(stage.metric in stage.gates and stage.about for stage in read.stages.values())
+    assert all(measure.about for measure in read.measures.values())
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("stages/sft/kind", "trian", "kind='trian' of a stage is not one of .*; did you mean 'train'"),
+        ("stages/sft/metric", "fact", "metric='fact' has no gate"),
+        ("stages/sft/attempts", 0, "attempts=0 must be at least 1"),
+        ("stages/sft/adjust", {}, "attempts=2, but adjust says nothing to change"),
+        ("stages/sft/adjust", {"loop": {"step": 2.0}}, "adjust.loop.step is no number .*; did you mean 'loop.steps'"),
+        ("stages/sft/adjust", {"start": 2.0}, "adjust.start is no number of the stage's run"),
+        ("stages/sft/adjust", {"loop": {"steps": 1.0}}, "adjust.loop.steps=1.0 changes nothing"),
+        ("stages/sft/adjust", {"loop": {"steps": -1.0}}, "adjust.loop.steps=-1.0 .* no factor above 0"),
+        ("stages/sft/run/start", "{dpo}", "sft: start='{dpo}' names 'dpo': no stage before it"),
+        ("stages/sft/run/start", "{pretrained}", "names 'pretrained': .*; did you mean 'pretrain'"),
+        ("stages/ppo/gates/wins/over", "dpo", "ppo: the gate 'wins' is over 'dpo'"),
+        ("stages/ppo/gates/wins/bound", "lest", "bound='lest' of a gate is not one of"),
+        ("stages/ppo/gates/wins/value", float("nan"), "value=nan of a gate is not finite"),
+        ("stages/ppo/atempts", 2, "config.stages.ppo.atempts is not a known key; did you mean 'attempts'"),
+        ("measures/wins/suite", "wins", "suite='wins' of a measure"),
+        ("measures/wins/against", "", "against='' of the suite 'win_rate'"),
+        ("measures/wins/against", "sfx", "against='sfx' of 'wins'; did you mean 'sft'"),
+        ("measures/text/file", "{helout}", "text: file='{helout}' names 'helout'.*; did you mean 'heldout'"),
+        ("files/heldout", "{clena}/x", "files: heldout='{clena}/x' names 'clena'"),
+        ("order", ("clean",), "order=.* must have each stage of"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_mend(key, value, said):
+    with pytest.raises(ValueError, match=said):
+        made(**{key: value})
+
+
+def test_a_file_that_a_stage_makes_is_not_there_before_it():
+    assert made(**{"files/questions": "{reward}/questions.jsonl"}).files["questions"] == "{reward}/questions.jsonl"
+    with pytest.raises(ValueError, match="sft: data.sources.chat.path='{instructions}' names 'instructions'"):
+        made(**{"files/instructions": "{reward}/x.jsonl"})
+
+
+def test_a_gate_is_passed_on_its_bound_and_never_by_what_is_not_known():
+    least, most = GateConfig("least", 0.5, ""), GateConfig("most", 0.5, "")
+    assert least.passed(0.5) and not least.passed(0.4999) and not least.passed(float("nan"))
+    assert most.passed(0.5) and not most.passed(0.5001) and not most.passed(float("nan"))
+
+
+def test_leaves_are_named_with_dots_and_changed_one_by_one():
+    values = {"loop": {"steps": 3, "log": {"every": 1}}, "seed": 0}
+    assert flat(values) == {"loop.steps": 3, "loop.log.every": 1, "seed": 0}
+    assert changed(values, {"loop.log.every": 7}) == {"loop": {"steps": 3, "log": {"every": 7}}, "seed": 0}
+    assert changed(values, {}) == values
+
+
+def test_places_are_filled_in_everywhere_and_through_files():
+    places = {"lessons": "runs/lessons", "documents": "{lessons}/d.jsonl"}
+    values = {"a": "{documents}", "b": ("x", "{lessons}/y"), "c": {"d": 3}, "e": "no place {} {or this one}"}
+    filled = {"a": "runs/lessons/d.jsonl", "b": ("x", "runs/lessons/y"), "c": {"d": 3}, "e": values["e"]}
+    assert placed(values, places) == filled

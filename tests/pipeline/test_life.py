@@ -1,0 +1,171 @@
+import copy
+import json
+import os
+import shlex
+
+import pytest
+
+from configs.pipeline import behind, least, most, stage
+from jaxllm.pipeline import life
+from jaxllm.pipeline.config import flat
+from jaxllm.pipeline.kinds import Kind
+
+
+def config(**stages):
+    """A pipeline of stages that say what they must reach; nothing is measured."""
+    return {
+        "title": "",
+        "seed": 5,
+        "order": tuple(stages),
+        "stages": {name: each.to_dict() for name, each in stages.items()},
+        "measures": {},
+        "files": {"raw": "raw.txt"},
+        "prompts": (),
+    }
+
+
+def part(start="{raw}", reach=1.0, gates=None, **changes):
+    """A stage whose number is its steps over 100."""
+    made = stage("train", "does something")
+    made.run = {"start": start, "seed": 0, "loop": {"steps": 100, "rate": 0.5}}
+    behind(made, **(gates or {"reached": least(reach)}))
+    made.update(changes)
+    return made
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The (values, directory) of every stage that was run, whose results are kept on the disk."""
+    calls = []
+
+    def run(values, directory):
+        calls.append((copy.deepcopy(values), directory))
+        os.makedirs(directory, exist_ok=True)
+        if run.fails and run.fails.pop(0):
+            raise run.error
+        return {"reached": flat(values)["loop.steps"] / 100}
+
+    run.fails, run.error = [], KeyboardInterrupt()
+    calls_of = Kind(run, lambda directory: {"tokens": 10, "flops": 1e6, "mfu": None}, "do.py", prefix="config.")
+    monkeypatch.setitem(life.KINDS, "train", calls_of)
+    calls.clear()
+    run.calls = calls
+    return run
+
+
+def lived(values, directory):
+    return life.live(values, str(directory), untold=lambda config: {})
+
+
+def test_stages_run_in_order_each_on_what_the_one_before_it_left(ran, tmp_path):
+    summary = lived(config(one=part(), two=part("{one}")), tmp_path / "run")
+    assert [directory for _, directory in ran.calls] == [f"{tmp_path}/run/one", f"{tmp_path}/run/two"]
+    assert [values["start"] for values, _ in ran.calls] == ["raw.txt", f"{tmp_path}/run/one"]
+    assert all(values["seed"] == 5 for values, _ in ran.calls)
+    assert summary["ok"] and [each["name"] for each in summary["stages"]] == ["one", "two"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
+    assert "</html>" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_summary_has_what_others_read_of_it(ran, tmp_path):
+    summary = lived(config(one=part()), tmp_path / "run")
+    assert {"ok", "seconds", "stages"} <= summary.keys()
+    wanted = {"name": "one", "metric": "reached", "value": 1.0, "threshold": 1.0, "passed": True, "attempts": 1}
+    (found,) = summary["stages"]
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["tokens"] == 10 and found["flops"] == 1e6 and found["seconds"] >= 0
+
+
+def test_what_falls_short_is_adjusted_and_run_again_in_a_directory_of_its_own(ran, tmp_path):
+    adjust = {"loop": {"steps": 1.5, "rate": 0.5}}
+    summary = lived(config(one=part(reach=2.0, attempts=3, adjust=adjust), two=part("{one}")), tmp_path / "run")
+    loops = [values["loop"] for values, _ in ran.calls]
+    assert loops[:3] == [{"steps": n, "rate": rate} for n, rate in ((100, 0.5), (150, 0.25), (225, 0.125))]
+    assert [os.path.basename(directory) for _, directory in ran.calls] == ["one", "one_2", "one_3", "two"]
+    assert ran.calls[-1][0]["start"].endswith("one_3")
+    one = summary["stages"][0]
+    assert one["attempts"] == 3 and one["passed"] and one["value"] == 2.25 and summary["ok"]
+    assert [each["value"] for each in one["tried"]] == [1.0, 1.5, 2.25]
+    assert one["tried"][2]["changes"]["loop.steps"] == [100, 225]
+
+
+def test_attempts_are_bounded_and_then_the_nearest_counts_and_the_report_says_so(ran, tmp_path):
+    adjust = {"loop": {"steps": 0.5}}
+    summary = lived(config(one=part(reach=2.0, attempts=2, adjust=adjust), two=part("{one}")), tmp_path / "run")
+    assert len(ran.calls) == 3 and not summary["ok"]
+    assert (
+        summary["stages"][0]["value"] == 1.0 and not summary["stages"][0]["passed"] and summary["stages"][1]["passed"]
+    )
+    assert ran.calls[-1][0]["start"] == f"{tmp_path}/run/one"
+
+
+def test_every_gate_must_pass(ran, tmp_path):
+    both = part(gates={"reached": least(0.5), "other": most(0.5)})
+    with pytest.raises(ValueError, match="a gate is about 'other', but the numbers of the stage are"):
+        lived(config(one=both), tmp_path / "run")
+    narrow = part(gates={"reached": least(0.5)})
+    narrow.gates.reached.bound = "most"
+    assert not lived(config(one=narrow), tmp_path / "other")["ok"]
+
+
+def test_a_gate_over_another_stage_is_about_the_difference(ran, tmp_path):
+    two = part("{one}", gates={"reached": least(0.5, over="one")})
+    two.run.loop.steps = 140
+    summary = lived(config(one=part(), two=two), tmp_path / "run")
+    assert summary["stages"][1]["value"] == pytest.approx(0.4) and not summary["stages"][1]["passed"]
+
+
+def test_a_killed_pipeline_goes_on_with_the_stage_that_was_not_finished(ran, tmp_path):
+    values = config(one=part(), two=part("{one}", attempts=2, adjust={"loop": {"steps": 2.0}}, reach=2.0), three=part())
+    values["stages"]["two"]["gates"]["reached"]["value"] = 2.0
+    ran.fails = [False, False, True]
+    with pytest.raises(KeyboardInterrupt):
+        lived(values, tmp_path / "run")
+    before = [directory for _, directory in ran.calls]
+    ran.calls.clear()
+    summary = lived(values, tmp_path / "run")
+    assert [os.path.basename(each) for each in before] == ["one", "two", "two_2"]
+    assert [os.path.basename(directory) for _, directory in ran.calls] == ["two_2", "three"]
+    ran.calls.clear()
+    assert lived(values, tmp_path / "run") == summary and not ran.calls
+
+
+def test_another_pipeline_is_refused_where_one_lies(ran, tmp_path):
+    values = config(one=part())
+    lived(values, tmp_path / "run")
+    values["stages"]["one"]["run"]["loop"]["steps"] = 90
+    with pytest.raises(ValueError, match="stages.one.run.loop.steps: 100 there, 90 here"):
+        lived(values, tmp_path / "run")
+
+
+def test_a_stage_that_diverges_is_adjusted_like_one_that_falls_short(ran, tmp_path):
+    ran.fails, ran.error = [True], FloatingPointError("the loss is nan at step 3")
+    summary = lived(config(one=part(attempts=2, adjust={"loop": {"rate": 0.5}})), tmp_path / "run")
+    assert summary["ok"] and [each["value"] for each in summary["stages"][0]["tried"]] == [None, 1.0]
+    ran.fails = [True]
+    with pytest.raises(ValueError, match="'one' has no result in 1 attempts: the loss is nan at step 3"):
+        lived(config(one=part()), tmp_path / "other")
+
+
+def test_the_command_says_what_differs_and_nothing_else(ran, tmp_path):
+    kind = Kind(None, None, "experiments/train.py", out="workdir", prefix="config.")
+    values = {"loop": {"steps": 7, "prompts": ("a b", "c")}, "start": "runs/a b", "seed": 0}
+    said = life.command(kind, values, {"loop": {"steps": 3}, "seed": 0}, "runs/x", "configs/a.py")
+    words = ["python", "experiments/train.py", "--config=configs/a.py", "--workdir=runs/x", "--config.loop.steps=7"]
+    assert shlex.split(said) == [*words, "--config.loop.prompts=('a b', 'c')", "--config.start=runs/a b"]
+
+
+def test_the_clock_counts_what_a_killed_process_spent_until_it_last_wrote(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(life.time, "time", lambda: now[0])
+    out = tmp_path / "stage"
+    out.mkdir()
+    with life.clock(tmp_path / "times", out):
+        now[0] += 30
+        (out / "metrics.jsonl").write_text("")
+        os.utime(out / "metrics.jsonl", (1030, 1030))
+        os.utime(out, (900, 900))
+    now[0] = 5000.0  # it was killed after 30 seconds, and started again much later
+    with life.clock(tmp_path / "times", out) as seconds:
+        now[0] += 7
+        assert seconds() == pytest.approx(37)
