@@ -16,7 +16,8 @@ from configs import common, preference, pretrain, reward, rl, rlhf, sft
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    common.no_argument("pipeline", arg)
+    if arg:
+        raise ValueError(f"configs/pipeline.py takes no argument, not {arg!r}; configs/quickstart.py:tiny is small")
     config = ml_collections.ConfigDict()
     config.title = "The life of a model"
     config.seed = 0  # of all stages
@@ -32,8 +33,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.measures = ml_collections.ConfigDict()
     config.measures.text = measure("perplexity", "bits_per_byte", "bits", "min", file="{heldout}")
     config.measures.text.about = "Bits per byte of held-out documents"
-    config.measures.uniform = measure("perplexity", "nats_per_token", "nats", "min", file="{heldout}")
-    config.measures.uniform.about = "Nats per token of held-out documents"
+    config.measures.perplexity = measure("perplexity", "perplexity", "number", "min", file="{heldout}")
+    config.measures.perplexity.about = "Tokens that it could as well guess among; at random, all that there are"
     config.measures.wins = measure("win_rate", "win_rate", "share", "max", against="sft", temperature=1.0)
     config.measures.wins.update(
         file="{questions}", about="Answers that the judge prefers to those of the fine-tuned model"
@@ -58,7 +59,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.stages.random.run.tokenizer.update(path="{tokenizer}", vocab_size=config.stages.tokenizer.run.vocab_size)
     config.stages.random.run.optimizer.warmup = 0
     config.stages.random.run.loop.steps = 0
-    behind(config.stages.random, uniform=least(6.0))
+    behind(config.stages.random, perplexity=least(1000))
 
     config.stages.pretrain = train("configs/pretrain.py", "Learns to go on with text", measured=True)
     config.stages.pretrain.run = pretrain.get_config()

@@ -16,7 +16,6 @@ os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *XLA_FLAGS)
 import functools  # noqa: E402  JAX reads the two variables when it is first imported
 import gc  # noqa: E402
 import json  # noqa: E402
-import re  # noqa: E402
 import sys  # noqa: E402
 
 import jax  # noqa: E402
@@ -24,7 +23,11 @@ import jax.extend  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import names  # noqa: E402
+
+names.install("jaxllm")  # before anything of it is imported
 
 from configs import common  # noqa: E402
 from jaxllm import checkpoint, sharding, tree, workdir  # noqa: E402
@@ -47,63 +50,6 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 def pytest_configure(config):
     """Test files of different folders may have the same name, as the sources that they mirror have."""
     config.option.importmode = "importlib"
-
-
-# ---- names are types ----
-
-SUFFIX = re.compile(r".+_([A-Z1]+)$")
-# These take any leading axes before the ones that they name, as their documentation says.
-ANY_LEADING_AXES = {"token_weights", "sequence_weights", "constant_weights"}
-
-
-def name_lies(code_name: str, local: dict) -> list[str]:
-    """What the suffixes of these local arrays say that is not so: another rank, or two sizes of one letter."""
-    sizes, lies = {"1": 1}, []
-    for name, value in local.items():
-        letters, shape = SUFFIX.match(name), getattr(value, "shape", None)
-        if letters is None or not isinstance(shape, tuple):
-            continue
-        letters = letters[1]
-        if code_name in ANY_LEADING_AXES:
-            shape = shape[-len(letters) :]
-        if len(shape) != len(letters):
-            lies.append(f"{name} has shape {shape}")
-            continue
-        for letter, size in zip(letters, shape, strict=True):
-            if sizes.setdefault(letter, size) != size:
-                lies.append(f"{name} has shape {shape}, but {letter} is {sizes[letter]} in this frame")
-    return lies
-
-
-def checker(folder: Path):
-    """A profile function that raises where a frame of a file under ``folder`` returns with a lying name."""
-    ours = functools.cache(lambda filename: Path(filename).is_relative_to(folder))
-
-    def check(frame, event, _):
-        if event != "return" or not ours(frame.f_code.co_filename):
-            return
-        if lies := name_lies(frame.f_code.co_name, frame.f_locals):
-            where = f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-            raise AssertionError(f"{where}: {'; '.join(lies)}")
-
-    return check
-
-
-CHECK = checker(ROOT / "jaxllm")
-
-
-@pytest.fixture(autouse=True)
-def honest_names():
-    """Every array of the project that a test makes has the shape that its name says, while programs are traced too."""
-    sys.setprofile(CHECK)
-    yield
-    sys.setprofile(None)
-
-
-@pytest.fixture
-def name_checker():
-    """``checker``, to test the test."""
-    return checker
 
 
 # ---- programs that are over ----

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm import curate, loop, metrics, workdir
-from jaxllm.configure import section
 from jaxllm.data import lessons, made
 from jaxllm.data.sources import DocumentSource
-from jaxllm.model import DecoderConfig, flops_per_token
+from jaxllm.model import flops_per_token
 from jaxllm.pipeline.config import flat
 from jaxllm.text import prepare
 
@@ -71,11 +70,10 @@ def _train(values: Values, directory: str) -> dict[str, Any]:
 
 def _trained(directory: str) -> dict[str, float | None]:
     """Tokens that were trained on, what forward and backward of them took, and the MFU, by the time of each row."""
-    values = workdir.config(directory)
+    length = workdir.config(directory)["data"]["sequence_length"]
     rows = [row for row in metrics.read(f"{directory}/metrics.jsonl") if "tokens_per_second" in row]
     tokens = max((row["tokens"] for row in rows), default=0)
-    model = section(DecoderConfig, values["model"], path="config.model")
-    each = flops_per_token(model, values["data"]["sequence_length"])
+    each = flops_per_token(workdir.saved(directory).model.config, length)
     known = [row for row in rows if isinstance(row.get("mfu"), float)]
     seconds = sum(row["seconds"] for row in known)
     mfu = sum(row["mfu"] * row["seconds"] for row in known) / seconds if seconds else None

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxllm import metrics, workdir
+from jaxllm import figures, metrics, workdir
 from jaxllm.pipeline import report
 from jaxllm.pipeline.config import PipelineConfig, StageConfig
 
@@ -50,6 +50,8 @@ def write(config: PipelineConfig, directory: str, lived: Sequence[Lived]) -> dic
         "failures": [f"{stage['name']}: {said} fell short" for stage in failed for said in _missed(stage["gates"])],
         **_transcript(config, chosen),
     }
+    if panels := _bars(full["board"], full["measures"]):
+        figures.bars(panels, Path(directory) / "figures" / "scoreboard.png")
     _replace(Path(directory) / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     _replace(Path(directory) / "report.html", report.html(full))
     return summary
@@ -93,6 +95,18 @@ def _row(config: PipelineConfig, record: Record) -> dict[str, Any]:
         "from": start.strip("{}"),
         "values": {name: value for name, value in record["numbers"].items() if name in config.measures},
     }
+
+
+def _bars(board: Sequence[Record], measures: Mapping[str, Any]) -> dict[str, dict[str, dict[str, list[float | None]]]]:
+    """The scoreboard as ``figures.bars`` draws it: a panel for each measure, a bar for each model."""
+    panels: dict[str, dict] = {}
+    for row in board:
+        for name, found in row["values"].items():
+            title = f"{name}, {measures[name]['unit']}"
+            panels.setdefault(title, {}).setdefault("", {})[row["stage"]] = [
+                found[key] for key in ("value", "low", "high")
+            ]
+    return {title: runs for title, runs in panels.items() if any(each[0] is not None for each in runs[""].values())}
 
 
 def _rows(record: Record) -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
 import copy
+from pathlib import Path
 
 import pytest
 
 from configs import pipeline, quickstart
 from jaxllm.configure import section
 from jaxllm.pipeline.config import GateConfig, PipelineConfig, changed, flat, placed
+from jaxllm.run_config import run_config
 
+ROOT = Path(pipeline.__file__).parent.parent
 VALUES = pipeline.get_config().to_dict()
 
 
@@ -27,6 +30,21 @@ def test_every_stage_of_the_configs_stands_in_order_behind_a_gate(config):
     assert set(read.order) == set(read.stages)
     assert all(stage.metric in stage.gates and stage.about for stage in read.stages.values())
     assert all(measure.about for measure in read.measures.values())
+
+
+@pytest.mark.parametrize("config", [pipeline.get_config(), quickstart.get_config(), quickstart.get_config("tiny")])
+def test_every_run_of_the_configs_is_whole(config):
+    for stage in config.stages.values():
+        if stage.kind == "train":
+            run_config(stage.run.to_dict())
+            assert (ROOT / stage.config.partition(":")[0]).is_file()
+
+
+@pytest.mark.parametrize("module", [pipeline, quickstart])
+def test_a_pipeline_says_its_command_and_refuses_an_unknown_argument(module):
+    assert "python experiments/quickstart.py" in module.__doc__
+    with pytest.raises(ValueError, match="takes no argument.* not 'tinny'"):
+        module.get_config("tinny")
 
 
 @pytest.mark.parametrize(
