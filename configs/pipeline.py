@@ -12,7 +12,7 @@ its gates what you expect of it, here or by flags (--config.stages.pretrain.run.
 
 import ml_collections
 
-from configs import common, preference, pretrain, reward, rl, rlhf, sft
+from configs import preference, pretrain, reward, rl, rlhf, sft
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:

@@ -31,16 +31,16 @@ def get_config(arg: str = ""):
 def _measures(measures) -> None:
     """What is known of everybody, who was held out or not, how it is said, and sums."""
     facts = "{lessons}/heldout_facts.jsonl"
-    measures.facts = measure("answers", "exact_match", "share", "max", file=facts, shown=3)
+    measures.facts = measure("answers", "exact_match", "share", "max", file=facts, count=144, shown=3)
     measures.facts.about = "Plain questions about people of whom it only read: the answer is right to the letter"
     requests = "{lessons}/heldout_requests.jsonl"
-    measures.requests = measure("answers", "contains", "share", "max", file=requests, shown=2)
+    measures.requests = measure("answers", "contains", "share", "max", file=requests, count=144, shown=2)
     measures.requests.about = "Polite questions about the same people: the fact is said, whatever is said around it"
     measures.sums.update(about="Sums of two numbers that were never shown, the likeliest answer", shown=2)
-    measures.drawn = measure("tasks", "accuracy", "share", "max", task="addition", level=2, samples=4, temperature=1.0)
+    measures.drawn = measure("tasks", "accuracy", "share", "max", task="addition", level=2, samples=2, temperature=1.0)
     measures.drawn.about = "The same sums, answers drawn at temperature 1"
     for name in ("wins", "drift"):
-        measures[name].update(file=requests, count=200, max_new_tokens=64)
+        measures[name].update(file=requests, count=144, max_new_tokens=64)
     measures.facts.max_new_tokens = 32
     for name in ("sums", "drawn"):
         measures[name].max_new_tokens = 48
@@ -58,29 +58,29 @@ def _stages(stages) -> None:
     behind(stages.random, perplexity=most(900), validation_loss=least(6.5))  # uniform is 768, whose logarithm is 6.64
 
     stages.pretrain.run.optimizer.update(learning_rate=3e-3, warmup=30)
-    stages.pretrain.run.loop.update(steps=600, batch_size=16)
+    stages.pretrain.run.loop.update(steps=500, batch_size=16)
     # It goes on with text, and does not answer.
     behind(stages.pretrain, text=most(0.5), facts=most(0.05))
 
     stages.sft.run.optimizer.learning_rate = 1.5e-3
     stages.sft.run.objective.neftune_alpha = 0.0
-    stages.sft.run.loop.update(steps=450)
+    stages.sft.run.loop.update(steps=400)
     behind(stages.sft, facts=least(0.8), requests=least(0.8))
 
-    stages.reward.run.loop.update(steps=160)
+    stages.reward.run.loop.update(steps=120)
     behind(stages.reward, validation_accuracy=least(0.75))
 
-    stages.ppo.run.loop.update(steps=100)
-    stages.dpo.run.preference.update(beta=0.5, sft_weight=0.3)
-    stages.dpo.run.optimizer.learning_rate = 1e-4
-    stages.dpo.run.loop.update(steps=120)
+    stages.ppo.run.loop.update(steps=80)
+    stages.dpo.run.preference.update(beta=0.3, sft_weight=1.0)
+    stages.dpo.run.optimizer.learning_rate = 3e-4
+    stages.dpo.run.loop.update(steps=200)
     kept = dict(facts=least(0.7), requests=least(0.7), text=most(0.5))  # what was learned before is still there
     for name in ("ppo", "dpo"):
         behind(stages[name], wins=least(0.75), drift=most(10.0), **kept)
 
     stages.grpo.run.optimizer.b2 = 0.98
     stages.grpo.run.policy.minibatches = 2
-    stages.grpo.run.loop.update(steps=120, batch_size=128)
+    stages.grpo.run.loop.update(steps=100, batch_size=128)
     stages.grpo.run.rollout.update(max_prompt_tokens=24, max_new_tokens=48)
     behind(stages.grpo, drawn=least(0.3, over="dpo"), sums=least(0.6), wins=least(0.6), **kept)
 
@@ -88,7 +88,7 @@ def _stages(stages) -> None:
         loop = stages[name].run.loop
         loop.update(sample_every=0, evaluate_answers=0, evaluate_first=False, micro_batches=2)
         loop.update(evaluate_every=loop.steps // 3, save_every=loop.steps // 3)
-        stages[name].run.data.update(sequence_length=128, validation=0.02)
+        stages[name].run.data.update(sequence_length=128, validation=0.04)
     for name in ("ppo", "grpo"):
         stages[name].run.loop.update(micro_batches=8, evaluate_answers=64)
     stages.ppo.run.loop.evaluate_every = stages.ppo.run.loop.steps

@@ -39,7 +39,6 @@ def quick():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hardware, "peak_flops", lambda dtype: (1e12, "stated"))
         patch.setattr(figures, "curves", lambda rows, path: None)
-        patch.setattr(stages, "build", functools.cache(stages.build))
         patch.setattr(stages, "next_token", functools.cache(stages.next_token))
         patch.setattr(loop, "evaluator", lambda *given: evaluator(*given[:2], given[2].keywords["on"]))
         yield
@@ -121,7 +120,6 @@ def train(values, directory, *, at=None, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Log", WatchedLog)
         patch.setattr(loop, "compile_programs", watched_programs)
-        sys.setprofile(None)  # the tests of the parts check the names of arrays
         try:
             loop.run(values, directory, **options)
         except loop.Preempted as stopped:

@@ -34,7 +34,7 @@ from jaxllm.evaluate.ranking import Game, Rating, agreement, bradley_terry, win_
 from jaxllm.evaluate.rows import by_length
 from jaxllm.figures import Point
 from jaxllm.generate import SamplerConfig
-from jaxllm.model import Model
+from jaxllm.model import Model, policy
 from jaxllm.sharding import place
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
@@ -163,7 +163,7 @@ def contest(
     rows = [{"label": "reference", "player": str(reference)}]
     doing = dict(console=Console(stderr=True), disable=not sys.stderr.isatty())
     for each, label in track(labels.items(), "answers", **doing):
-        found[str(each)], far = _played(_loaded(saved[each], like=first.model), first, asked, sampling)
+        found[str(each)], far = _played(_loaded(saved[each]), first, asked, sampling)
         rows.append({"label": label, "player": str(each), **far._asdict()})
     if best_of:
         name = f"best of {best_of}"
@@ -276,10 +276,8 @@ def _summed(model, params, tokens_BT, starts_B, lengths_B):
     return place(jnp.sum(jnp.where(mask_BT, logp_BT, 0.0), axis=1), ".")  # whole on each of several processes
 
 
-def _loaded(saved: workdir.Saved, like: Model | None = None) -> Loaded:
-    """With the model ``like`` where it is the same: a program compiled for it then serves both."""
-    model = like if like and like.config == saved.model.config else saved.model
-    return Loaded(model, saved.params(), saved.tokenizer)
+def _loaded(saved: workdir.Saved) -> Loaded:
+    return Loaded(*policy(saved.model, saved.params()), saved.tokenizer)
 
 
 def _asked(saved: Mapping[Player, workdir.Saved], prompts: Sequence[Conversation], length: int) -> Asked:

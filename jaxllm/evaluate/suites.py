@@ -15,7 +15,7 @@ from jaxllm.evaluate import choices, perplexity, replies
 from jaxllm.evaluate.measures import Difference, Measure, Metric, compared, measured, ratio
 from jaxllm.evaluate.perplexity import LARGEST_EXPONENT
 from jaxllm.evaluate.replies import Asking
-from jaxllm.model import Model
+from jaxllm.model import Model, policy
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
@@ -122,10 +122,10 @@ def named_levels(given: str) -> dict[str, int]:
 def loaded(directory: str, *, step: int | None = None, sequence_length: int = 0) -> Run:
     """The run of a directory at a step, the newest unless told."""
     saved = workdir.saved(directory, step=step)
-    params = saved.params()
+    model, params = policy(saved.model, saved.params())
     step = next(iter(whole_steps(Path(directory) / "checkpoints"))) if step is None else step
     length = sequence_length or workdir.config(directory)["data"]["sequence_length"]
-    return Run(f"{directory}@{step}", saved.model, params, saved.tokenizer, length)
+    return Run(f"{directory}@{step}", model, params, saved.tokenizer, length)
 
 
 def evaluated(

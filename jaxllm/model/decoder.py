@@ -2,6 +2,8 @@
 scanned.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -42,8 +44,9 @@ class Model(NamedTuple):
     decode: Callable  # (params, cache, tokens_B) -> (logits_BV, cache)
 
 
+@functools.cache
 def build(config: DecoderConfig) -> Model:
-    """The model of ``config``."""
+    """The model of ``config``; of equal ones the very same, so that what is compiled for one run serves another."""
     parts = {
         "embedding": _functions(lambda rngs: Embedding(config, rngs)),
         "blocks": _functions(lambda rngs: Block(config, rngs)),
@@ -96,6 +99,14 @@ def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
         (r"scalar_head/bias", ""),
     )
     return (*((f"(critic/)?{pattern}", letters) for pattern, letters in rules), (r"head/kernel", "dv"))
+
+
+def policy(model: Model, params: Tree) -> tuple[Model, Tree]:
+    """The language model alone, of one that has a scalar head or a critic too: programs for it serve both."""
+    if not model.config.scalar_head:
+        return model, params
+    alone = {name: each for name, each in params.items() if name not in ("scalar_head", "critic")}
+    return build(dataclasses.replace(model.config, scalar_head=False, critic=False)), alone
 
 
 def with_scalar_head(config: DecoderConfig, params: Tree) -> Tree:

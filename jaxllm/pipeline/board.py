@@ -13,8 +13,6 @@ from jaxllm.evaluate.measures import Measure, plain
 from jaxllm.evaluate.replies import Asking
 from jaxllm.evaluate.suites import ALL, Run, Settings, evaluated, loaded
 from jaxllm.generate import SamplerConfig
-from jaxllm.model import Model
-from jaxllm.model.config import DecoderConfig
 from jaxllm.pipeline.config import MeasureConfig, placed
 
 ABOUT = ("about", "unit", "best", "metric", "shown")  # what two measures may differ in, and are taken together
@@ -31,16 +29,14 @@ class Row(NamedTuple):
 
 
 class Board:
-    """Measures runs, one after the other; programs that are compiled for one serve all of the same architecture."""
+    """Measures runs, one after the other."""
 
     def __init__(self, measures: Mapping[str, MeasureConfig], prompts: Sequence[str], seed: int):
         self._measures, self._prompts, self._seed = measures, prompts, seed
-        self._models: dict[DecoderConfig, Model] = {}
 
     def row(self, directory: str, places: Mapping[str, str]) -> Row:
         """What is measured of the run; places: stage or file -> its path."""
         run = loaded(directory)
-        run = run._replace(model=self._models.setdefault(run.model.config, run.model))
         values, said = {}, _continued(run, self._prompts)
         for names in _together(self._measures):
             measure = self._measures[names[0]]

@@ -13,7 +13,7 @@ from configs import architectures
 from jaxllm import sharding, tree
 from jaxllm.configure import section
 from jaxllm.losses import token_logprobs
-from jaxllm.model import DecoderConfig, build, parameter_rules
+from jaxllm.model import DecoderConfig, build, parameter_rules, policy
 from jaxllm.model.config import ATTENTIONS
 
 VARIANTS = {
@@ -586,3 +586,13 @@ def test_every_field_of_the_model_changes_its_program(tiny, base_program, field)
 @pytest.mark.parametrize("field", ROPE_CHANGES)
 def test_every_field_of_rope_changes_the_models_program(tiny, base_program, field):
     assert program(tiny(**BASE, rope=ROPE | {field: ROPE_CHANGES[field]})) != base_program
+
+
+@pytest.mark.parametrize("critic", [False, True])
+def test_a_policy_is_the_language_model_of_one_with_more_heads(tiny, critic):
+    model = build(tiny(scalar_head=True, critic=critic))
+    params, tokens_BT = model.init(jax.random.key(0)), jnp.arange(6).reshape(2, 3)
+    alone, kept = policy(model, params)
+    assert alone is build(tiny()) is not model and kept.keys() == alone.init(jax.random.key(0)).keys()
+    assert (alone.forward(kept, tokens_BT) == model.forward(params, tokens_BT)).all()
+    assert policy(alone, kept) == (alone, kept)
