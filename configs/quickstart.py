@@ -48,7 +48,7 @@ def _measures(measures) -> None:
 
 def _stages(stages) -> None:
     stages.lessons = stage("lessons", "A small world: lives to read, questions, preferences, sums, and dirt among them")
-    stages.lessons.run = {"seed": 0, "people": 80, "heldout": 16, "biographies": 45, "correct": 0.4}
+    stages.lessons.run = {"seed": 0, "people": 80, "heldout": 16, "biographies": 45, "correct": 0.5}
     behind(stages.lessons, documents=least(1000))
     behind(stages.clean, caught=least(0.95), lost=most(0.01))
 
@@ -58,13 +58,13 @@ def _stages(stages) -> None:
     behind(stages.random, perplexity=most(900), validation_loss=least(6.5))  # uniform is 768, whose logarithm is 6.64
 
     stages.pretrain.run.optimizer.update(learning_rate=3e-3, warmup=30)
-    stages.pretrain.run.loop.update(steps=500, batch_size=16)
+    stages.pretrain.run.loop.update(steps=600, batch_size=16)
     # It goes on with text, and does not answer.
     behind(stages.pretrain, text=most(0.5), facts=most(0.05))
 
     stages.sft.run.optimizer.learning_rate = 1.5e-3
     stages.sft.run.objective.neftune_alpha = 0.0
-    stages.sft.run.loop.update(steps=400)
+    stages.sft.run.loop.update(steps=450)
     behind(stages.sft, facts=least(0.8), requests=least(0.8))
 
     stages.reward.run.loop.update(steps=120)
@@ -80,7 +80,7 @@ def _stages(stages) -> None:
 
     stages.grpo.run.optimizer.b2 = 0.98
     stages.grpo.run.policy.minibatches = 2
-    stages.grpo.run.loop.update(steps=100, batch_size=128)
+    stages.grpo.run.loop.update(steps=120, batch_size=128)
     stages.grpo.run.rollout.update(max_prompt_tokens=24, max_new_tokens=48)
     behind(stages.grpo, drawn=least(0.3, over="dpo"), sums=least(0.6), wins=least(0.6), **kept)
 
