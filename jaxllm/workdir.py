@@ -24,15 +24,16 @@ from jaxllm.text import tokenizer
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
 
+MEND = ", or --accept_changes to go on with the new values."
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "sentencepiece", "ml_collections", "numpy")
 
 
-def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool = False) -> Path:
+def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool = False, mend: str = MEND) -> Path:
     """The run directory, created with its ``config.json``, or opened again for the same config.
 
     Raises ``ValueError`` naming every key that differs from the run's own config, both values and the mend; with
     ``accept_changes`` they are shown instead, and ``record`` writes them once the run goes on: only a run's tokenizer
-    never changes. Raises it too for a directory that holds something else than a run.
+    never changes. Raises it too for a directory that holds something else than a run. mend: what can be done.
     """
     directory = Path(directory).expanduser().absolute()
     path = directory / "config.json"
@@ -43,7 +44,7 @@ def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool 
             lines = [
                 f"  {name}: {saved!r} there, {wanted!r} here" for name, (saved, wanted) in sorted(differing.items())
             ]
-            mend = "; a run keeps its tokenizer." if kept else ", or --accept_changes to go on with the new values."
+            mend = "; a run keeps its tokenizer." if kept else mend
             raise ValueError(
                 "\n".join([f"{directory} holds a run with another config:", *lines, f"Use another --workdir{mend}"])
             )

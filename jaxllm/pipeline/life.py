@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
+from rich.markup import escape
 
 from jaxllm import workdir
 from jaxllm.configure import section
@@ -45,7 +46,7 @@ def live(values: Mapping[str, Any], directory: str, *, untold: Untold) -> dict[s
     Raises ``ValueError`` for anything wrong with the config or the directory, and what a stage raises.
     """
     config = section(PipelineConfig, values)
-    workdir.open(directory, values)
+    workdir.open(directory, values, mend=": what stages have learned stays as it is.")
     life = Life(
         config=config,
         directory=str(directory),
@@ -106,9 +107,9 @@ def _attempt(life: Life, name: str, attempt: int) -> Record:
     changes = adjusted(values, flat(stage.adjust), attempt)
     values = changed(values, {key: new for key, (_, new) in changes.items()})
     usual = life.untold(stage.config) if stage.config else kind.usual
-    said = command(kind, values, usual, directory, stage.config)
-    record = {"stage": name, "attempt": attempt, "changes": changes, "command": said}
-    life.console.print(f"[dim]{record['command']}[/]", soft_wrap=True)
+    typed = command(kind, values, usual, directory, stage.config)
+    record = {"stage": name, "attempt": attempt, "changes": changes, "command": typed}
+    life.console.print(f"[dim]{escape(typed)}[/]", soft_wrap=True)
     with clock(Path(life.directory) / "attempts" / f"{name}_{attempt}.times", Path(directory)) as seconds:
         try:
             numbers, said = kind.run(values, directory), []
@@ -116,7 +117,7 @@ def _attempt(life: Life, name: str, attempt: int) -> Record:
                 row = life.board.row(directory, life.places | {name: directory})
                 numbers, said = {**numbers, **row.values}, row.said
         except FloatingPointError as error:
-            life.console.print(f"[red]{error}[/]")
+            life.console.print(f"[red]{escape(str(error))}[/]")
             record |= {"error": str(error)}
             directory, numbers, said = None, {}, []
     gates = held(stage, numbers, life.rows)

@@ -110,7 +110,7 @@ def _bars(board: Sequence[Record], measures: Mapping[str, Any]) -> dict[str, dic
 
 
 def _rows(record: Record) -> list[dict[str, Any]]:
-    path = Path(record["directory"] or "") / "metrics.jsonl"
+    path = Path(record["directory"]) / "metrics.jsonl"
     return metrics.read(path) if path.is_file() else []
 
 
