@@ -75,7 +75,7 @@ def test_an_unknown_stage_names_the_nearest_one(values):
 
 
 @pytest.mark.parametrize(
-    "key", ["steps", "batch_size", "micro_batches", "log_every", "evaluate_every", "save_every", "sample_tokens"]
+    "key", ["batch_size", "micro_batches", "log_every", "evaluate_every", "save_every", "sample_tokens"]
 )
 def test_counts_below_one_are_refused_by_name(values, key):
     with pytest.raises(ValueError, match=f"loop.{key}=0 must be at least 1"):
