@@ -17,5 +17,7 @@ def write(directory: str | os.PathLike, files: Mapping[str, Iterable[Mapping[str
         path, lines = Path(directory) / f"{name}.jsonl", [json.dumps(record) + "\n" for record in records]
         if path.exists() and path.read_text(encoding="utf-8") != "".join(lines):
             raise ValueError(f"{path} exists and says something else: give --out another folder")
-        path.write_text("".join(lines), encoding="utf-8")
+        beside = path.with_suffix(".tmp")  # whoever is killed here leaves nothing that says something else
+        beside.write_text("".join(lines), encoding="utf-8")
+        os.replace(beside, path)
         yield path, len(lines)

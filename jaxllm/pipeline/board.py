@@ -28,27 +28,27 @@ class Row(NamedTuple):
     said: list[dict[str, Any]]
 
 
-class Board:
-    """Measures runs, one after the other."""
-
-    def __init__(self, measures: Mapping[str, MeasureConfig], prompts: Sequence[str], seed: int):
-        self._measures, self._prompts, self._seed = measures, prompts, seed
-
-    def row(self, directory: str, places: Mapping[str, str]) -> Row:
-        """What is measured of the run; places: stage or file -> its path."""
-        run = loaded(directory)
-        values, said = {}, _continued(run, self._prompts)
-        for names in _together(self._measures):
-            measure = self._measures[names[0]]
-            if measure.against and measure.against not in places:
-                continue
-            found, items = SUITES.get(measure.suite, _asked)(
-                run, directory, placed_measure(measure, places), self._seed
-            )
-            values |= {name: plain(found[self._measures[name].metric]) for name in names}
-            for name in names:
-                said += _said(items, self._measures[name].shown)
-        return Row(values, said)
+def row(
+    directory: str,
+    places: Mapping[str, str],
+    *,
+    measures: Mapping[str, MeasureConfig],
+    prompts: Sequence[str] = (),
+    seed: int = 0,
+) -> Row:
+    """What is measured of the run in ``directory``; places: stage or file -> its path."""
+    run = loaded(directory)
+    values, said = {}, _continued(run, prompts)
+    for names in _together(measures):
+        measure = measures[names[0]]
+        if measure.against and measure.against not in places:
+            continue
+        ask = SUITES.get(measure.suite, _asked)
+        found, items = ask(run, directory, placed_measure(measure, places), seed)
+        values |= {name: plain(found[measures[name].metric]) for name in names}
+        for name in names:
+            said += _said(items, measures[name].shown)
+    return Row(values, said)
 
 
 def placed_measure(measure: MeasureConfig, places: Mapping[str, str]) -> MeasureConfig:

@@ -19,8 +19,7 @@ from rich.markup import escape
 from jaxllm import workdir
 from jaxllm.configure import section
 from jaxllm.evaluate.measures import plain
-from jaxllm.pipeline import story
-from jaxllm.pipeline.board import Board
+from jaxllm.pipeline import board, story
 from jaxllm.pipeline.config import PipelineConfig, StageConfig, changed, flat, placed
 from jaxllm.pipeline.kinds import KINDS, command
 from jaxllm.pipeline.story import Lived, Record
@@ -34,7 +33,6 @@ class Life(NamedTuple):
     config: PipelineConfig
     directory: str
     untold: Untold
-    board: Board
     console: Console
     rows: dict[str, Mapping[str, Any]]
     places: dict[str, str]
@@ -51,7 +49,6 @@ def live(values: Mapping[str, Any], directory: str, *, untold: Untold) -> dict[s
         config=config,
         directory=str(directory),
         untold=untold,
-        board=Board(config.measures, config.prompts, config.seed),
         console=Console(stderr=True, highlight=False),
         rows={},
         places=dict(config.files),
@@ -114,7 +111,8 @@ def _attempt(life: Life, name: str, attempt: int) -> Record:
         try:
             numbers, said = kind.run(values, directory), []
             if stage.measured:
-                row = life.board.row(directory, life.places | {name: directory})
+                how = {key: getattr(life.config, key) for key in ("measures", "prompts", "seed")}
+                row = board.row(directory, life.places | {name: directory}, **how)
                 numbers, said = {**numbers, **row.values}, row.said
         except FloatingPointError as error:
             life.console.print(f"[red]{escape(str(error))}[/]")
@@ -152,6 +150,8 @@ def held(stage: StageConfig, numbers: Mapping[str, Any], rows: Mapping[str, Mapp
             raise ValueError(f"a gate is about {metric!r}, but the numbers of the stage are {sorted(numbers)}")
         value, low, high = _number(numbers.get(metric))
         if gate.over:
+            if metric not in rows[gate.over]:
+                raise ValueError(f"a gate is about {metric!r} over {gate.over!r}, which has {sorted(rows[gate.over])}")
             base, _, _ = _number(rows[gate.over][metric])
             value, low, high = (value - base if None not in (value, base) else None), None, None
         passed = value is not None and gate.passed(value)

@@ -16,3 +16,13 @@ def test_a_file_is_written_once_and_never_over_another(tmp_path):
     with pytest.raises(ValueError, match="one.jsonl exists and says something else: give --out another folder"):
         list(made.write(tmp_path / "new", {"one": records[:1]}))
     assert len((tmp_path / "new" / "one.jsonl").read_text().splitlines()) == 2
+
+
+def test_whoever_is_killed_while_writing_leaves_nothing_that_says_something_else(tmp_path, monkeypatch):
+    records = {"one": [{"a": 1}]}
+    with monkeypatch.context() as patch:
+        patch.setattr(made.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            list(made.write(tmp_path, records))
+    assert not (tmp_path / "one.jsonl").exists()
+    assert [count for _, count in made.write(tmp_path, records)] == [1]

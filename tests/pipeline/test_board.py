@@ -1,11 +1,12 @@
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from configs.pipeline import measure
 from jaxllm.configure import section
 from jaxllm.pipeline import board as boards
-from jaxllm.pipeline.board import Board
 from jaxllm.pipeline.config import MeasureConfig
 
 QUESTIONS = [{"prompt": f"{letter}?", "references": [letter]} for letter in "abcdef"]
@@ -13,7 +14,7 @@ QUESTIONS = [{"prompt": f"{letter}?", "references": [letter]} for letter in "abc
 
 def board(seed=0, prompts=(), **measures):
     made = {name: section(MeasureConfig, each.to_dict()) for name, each in measures.items()}
-    return Board(made, prompts, seed)
+    return SimpleNamespace(row=partial(boards.row, measures=made, prompts=prompts, seed=seed))
 
 
 @pytest.fixture

@@ -6,8 +6,9 @@ import shlex
 import pytest
 
 from configs.pipeline import behind, least, most, stage
+from jaxllm.configure import section
 from jaxllm.pipeline import life
-from jaxllm.pipeline.config import flat
+from jaxllm.pipeline.config import PipelineConfig, flat
 from jaxllm.pipeline.kinds import Kind
 
 
@@ -113,6 +114,12 @@ def test_a_gate_over_another_stage_is_about_the_difference(ran, tmp_path):
     two.run.loop.steps = 140
     summary = lived(config(one=part(), two=two), tmp_path / "run")
     assert summary["stages"][1]["value"] == pytest.approx(0.4) and not summary["stages"][1]["passed"]
+
+
+def test_a_gate_over_a_stage_that_has_no_such_number_says_what_it_has(ran):
+    made = section(PipelineConfig, config(one=part(), two=part("{one}", gates={"reached": least(0.5, over="one")})))
+    with pytest.raises(ValueError, match=r"about 'reached' over 'one', which has \['documents'\]"):
+        life.held(made.stages["two"], {"reached": 1.0}, {"one": {"documents": 3}})
 
 
 def test_a_killed_pipeline_goes_on_with_the_stage_that_was_not_finished(ran, tmp_path):
