@@ -14,6 +14,9 @@ import ml_collections
 
 from configs import preference, pretrain, reward, rl, rlhf, sft
 
+# Stages that may lose what they had, and what holds another attempt nearer to where it began.
+NEARER = {"ppo": {"policy": {"kl_reward": 2.0}}, "dpo": {"preference": {"beta": 2.0}}}
+
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
     if arg:
@@ -97,8 +100,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.stages.dpo.run = preference.get_config()
     config.stages.dpo.run.start = "{sft}"
     config.stages.dpo.run.data.sources.pairs.path = "{preferences}"
-    for name in ("ppo", "dpo"):
-        behind(config.stages[name], wins=least(0.55), drift=most(20.0))
+    for name, adjust in NEARER.items():
+        behind(config.stages[name], wins=least(0.55), drift=most(20.0, adjust=adjust))
         config.stages[name].update(attempts=2, adjust={"loop": {"steps": 1.5}})
 
     config.stages.grpo = train("configs/rl.py:grpo", "Learns to reason, from answers that are checked", measured=True)
@@ -119,7 +122,9 @@ def stage(kind: str, about: str) -> ml_collections.ConfigDict:
     stage.metric = ""  # the gate that the summary is about
     stage.gates = ml_collections.ConfigDict()  # number -> gate: all must pass
     stage.attempts = 1  # at most; the best of them counts where none passes
-    stage.adjust = ml_collections.ConfigDict()  # keys of ``run``, each with the factor of another attempt
+    # Keys of ``run``, each with its factor for another attempt, where a gate that says none of its own was missed, or
+    # where the run diverged.
+    stage.adjust = ml_collections.ConfigDict()
     stage.measured = False  # whether it leaves a model for the scoreboard
     return stage
 
@@ -135,18 +140,19 @@ def behind(stage: ml_collections.ConfigDict, **gates: ml_collections.ConfigDict)
     stage.metric, stage.gates = next(iter(gates)), ml_collections.ConfigDict(gates)
 
 
-def least(value: float, *, over: str = "") -> ml_collections.ConfigDict:
-    """A number must be no less; ``over``: less what that stage has of it."""
+def least(value: float, *, over: str = "", adjust: dict | None = None) -> ml_collections.ConfigDict:
+    """A number must be no less; ``over``: less what that stage has of it; ``adjust``: as of a stage, where it is."""
     gate = ml_collections.ConfigDict()
     gate.bound = "least"  # | "most"
     gate.value = float(value)
     gate.over = over
+    gate.adjust = adjust or {}
     return gate
 
 
-def most(value: float, *, over: str = "") -> ml_collections.ConfigDict:
+def most(value: float, *, over: str = "", adjust: dict | None = None) -> ml_collections.ConfigDict:
     """A number must be no more."""
-    gate = least(value, over=over)
+    gate = least(value, over=over, adjust=adjust)
     gate.bound = "most"
     return gate
 

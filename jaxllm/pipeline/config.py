@@ -20,11 +20,15 @@ _PLACE = re.compile(r"\{(\w+)\}")
 
 @dataclasses.dataclass(frozen=True)
 class GateConfig:
-    """A bound of one number, less what the stage ``over`` has of it, where one is named."""
+    """A bound of one number, less what the stage ``over`` has of it, where one is named.
+
+    ``adjust`` is what is multiplied for another attempt where it is missed; if empty, what the stage says.
+    """
 
     bound: str
     value: float
     over: str
+    adjust: Mapping[str, Any]
 
     def __post_init__(self):
         if self.bound not in BOUNDS:
@@ -39,7 +43,10 @@ class GateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
-    """A stage: how it is run, what it must reach, and what is multiplied for another attempt where it does not."""
+    """A stage: how it is run, what it must reach, and what is multiplied for another attempt where it does not.
+
+    ``adjust`` is for gates that say nothing of their own, and for a run that diverged.
+    """
 
     about: str
     kind: str
@@ -65,12 +72,19 @@ class StageConfig:
             raise ValueError(f"attempts={self.attempts} must be at least 1")
         if self.attempts > 1 and not flat(self.adjust):
             raise ValueError(f"attempts={self.attempts}, but adjust says nothing to change for another one")
-        numbers = flat(self.run)
-        for key, factor in flat(self.adjust).items():
-            if key not in numbers or isinstance(numbers[key], bool | str):
-                raise ValueError(f"adjust.{key} is no number of the stage's run{nearest(key, numbers)}")
-            if not 0 < factor < math.inf or factor == 1:
-                raise ValueError(f"adjust.{key}={factor} changes nothing, or is no factor above 0")
+        _check_factors("adjust", self.adjust, flat(self.run))
+        for name, gate in gates.items():
+            _check_factors(f"gates.{name}.adjust", gate.adjust, flat(self.run))
+
+    def factors(self, missed: tuple[str, ...]) -> dict[str, float]:
+        """Key of the run -> what it is multiplied by for another attempt where these gates were missed; none: where the
+        run diverged. What several gates ask for happens once, and what they ask against each other cancels out.
+        """
+        asked: dict[str, set[float]] = {}
+        for adjust in [self.gates[name].adjust or self.adjust for name in missed] or [self.adjust]:
+            for key, factor in flat(adjust).items():
+                asked.setdefault(key, set()).add(factor)
+        return {key: math.prod(factors) for key, factors in asked.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +176,14 @@ def placed(value: Any, places: Mapping[str, str]) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(placed(each, places) for each in value)
     return _PLACE.sub(lambda found: placed(places[found[1]], places), value) if isinstance(value, str) else value
+
+
+def _check_factors(name: str, adjust: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
+    for key, factor in flat(adjust).items():
+        if key not in numbers or isinstance(numbers[key], bool | str):
+            raise ValueError(f"{name}.{key} is no number of the stage's run{nearest(key, numbers)}")
+        if not 0 < factor < math.inf or factor == 1:
+            raise ValueError(f"{name}.{key}={factor} changes nothing, or is no factor above 0")
 
 
 def _check_places(name: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:

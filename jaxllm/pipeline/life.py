@@ -8,7 +8,7 @@ reads the records, and what has none goes on from where its own directory is.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,31 +78,35 @@ def best(stage: StageConfig, tried: list[Record]) -> Record:
 
 
 def _attempts(life: Life, name: str) -> Iterator[Record]:
-    """The stage's attempts, read where they are finished, until one passes."""
+    """The stage's attempts, read where they are finished, until one passes or another would be the same run again."""
     stage = life.config.stages[name]
     number = life.config.order.index(name) + 1
+    run = seeded(stage.run, life.config.seed)
+    tried: list[Record] = []
     for attempt in range(1, stage.attempts + 1):
+        changes = adjusted(run, stage, tried)
+        if tried and changes == tried[-1]["changes"]:
+            return
         again = f", attempt {attempt}" if attempt > 1 else ""
         life.console.rule(f"[bold]{number}/{len(life.config.order)} {name}{again}[/]: {stage.about}", align="left")
         path = Path(life.directory) / "attempts" / f"{name}_{attempt}.json"
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))
         else:
-            record = plain(_attempt(life, name, attempt))
+            record = plain(_attempt(life, name, attempt, run, changes))
             _write(path, record)
         for line in story.verdict(stage, record):
             life.console.print(line)
         yield record
         if record["passed"]:
             return
+        tried.append(record)
 
 
-def _attempt(life: Life, name: str, attempt: int) -> Record:
+def _attempt(life: Life, name: str, attempt: int, run: Mapping[str, Any], changes: Mapping[str, list]) -> Record:
     stage, kind = life.config.stages[name], KINDS[life.config.stages[name].kind]
     directory = os.path.join(life.directory, name if attempt == 1 else f"{name}_{attempt}")
-    values = placed(seeded(stage.run, life.config.seed), life.places)
-    changes = adjusted(values, flat(stage.adjust), attempt)
-    values = changed(values, {key: new for key, (_, new) in changes.items()})
+    values = placed(changed(run, {key: new for key, (_, new) in changes.items()}), life.places)
     usual = life.untold(stage.config) if stage.config else kind.usual
     typed = command(kind, values, usual, directory, stage.config)
     record = {"stage": name, "attempt": attempt, "changes": changes, "command": typed}
@@ -131,12 +135,19 @@ def seeded(run: Mapping[str, Any], seed: int) -> Mapping[str, Any]:
     return changed(run, dict.fromkeys(keys, seed))
 
 
-def adjusted(values: Mapping[str, Any], factors: Mapping[str, float], attempt: int) -> dict[str, tuple[Any, Any]]:
-    """key -> (what it was, what this attempt has): times its factor for each attempt before; whole stays whole."""
-    before = {key: flat(values)[key] for key in factors}
-    after = {key: before[key] * factors[key] ** (attempt - 1) for key in factors}
-    whole = {key: round(after[key]) if isinstance(before[key], int) else after[key] for key in factors}
-    return {key: (before[key], whole[key]) for key in factors} if attempt > 1 else {}
+def adjusted(run: Mapping[str, Any], stage: StageConfig, tried: Sequence[Record]) -> dict[str, list]:
+    """key -> [what it was at first, what another attempt has], by the gates that each attempt before missed; whole
+    numbers stay whole.
+    """
+    factors: dict[str, float] = {}
+    for record in tried:
+        missed = [gate for gate, found in record["gates"].items() if not found["passed"]] if record["numbers"] else []
+        for key, factor in stage.factors(tuple(missed)).items():
+            factors[key] = factors.get(key, 1.0) * factor
+    before = {key: flat(run)[key] for key in factors}
+    after = {key: old * factors[key] for key, old in before.items()}
+    whole = {key: round(new) if isinstance(before[key], int) else new for key, new in after.items()}
+    return {key: [before[key], new] for key, new in whole.items() if new != before[key]}
 
 
 def held(stage: StageConfig, numbers: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Record]:

@@ -58,6 +58,8 @@ def test_a_pipeline_says_its_command_and_refuses_an_unknown_argument(module):
         ("stages/sft/adjust", {"start": 2.0}, "adjust.start is no number of the stage's run"),
         ("stages/sft/adjust", {"loop": {"steps": 1.0}}, "adjust.loop.steps=1.0 changes nothing"),
         ("stages/sft/adjust", {"loop": {"steps": -1.0}}, "adjust.loop.steps=-1.0 .* no factor above 0"),
+        ("stages/ppo/gates/wins/adjust", {"loop": {"steps": 0}}, "gates.wins.adjust.loop.steps=0 changes nothing"),
+        ("stages/ppo/gates/wins/adjust", {"seeds": 2.0}, "adjust.seeds is no number .*; did you mean 'seed'"),
         ("stages/sft/run/start", "{dpo}", "sft: start='{dpo}' names 'dpo': no stage before it"),
         ("stages/sft/run/start", "{pretrained}", "names 'pretrained': .*; did you mean 'pretrain'"),
         ("stages/ppo/gates/wins/over", "dpo", "ppo: the gate 'wins' is over 'dpo'"),
@@ -84,7 +86,7 @@ def test_a_file_that_a_stage_makes_is_not_there_before_it():
 
 
 def test_a_gate_is_passed_on_its_bound_and_never_by_what_is_not_known():
-    least, most = GateConfig("least", 0.5, ""), GateConfig("most", 0.5, "")
+    least, most = GateConfig("least", 0.5, "", {}), GateConfig("most", 0.5, "", {})
     assert least.passed(0.5) and not least.passed(0.4999) and not least.passed(float("nan"))
     assert most.passed(0.5) and not most.passed(0.5001) and not most.passed(float("nan"))
 

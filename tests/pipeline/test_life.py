@@ -8,7 +8,7 @@ import pytest
 from configs.pipeline import behind, least, most, stage
 from jaxllm.configure import section
 from jaxllm.pipeline import life
-from jaxllm.pipeline.config import PipelineConfig, flat
+from jaxllm.pipeline.config import PipelineConfig, StageConfig, flat
 from jaxllm.pipeline.kinds import Kind
 
 
@@ -44,7 +44,7 @@ def ran(monkeypatch):
         os.makedirs(directory, exist_ok=True)
         if run.fails and run.fails.pop(0):
             raise run.error
-        return {"reached": flat(values)["loop.steps"] / 100}
+        return {"reached": flat(values)["loop.steps"] / 100, "rate": flat(values)["loop.rate"]}
 
     run.fails, run.error = [], KeyboardInterrupt()
     calls_of = Kind(run, lambda directory: {"tokens": 10, "flops": 1e6, "mfu": None}, "do.py", prefix="config.")
@@ -98,6 +98,30 @@ def test_attempts_are_bounded_and_then_the_nearest_counts_and_the_report_says_so
         summary["stages"][0]["value"] == 1.0 and not summary["stages"][0]["passed"] and summary["stages"][1]["passed"]
     )
     assert ran.calls[-1][0]["start"] == f"{tmp_path}/run/one"
+
+
+def test_a_missed_gate_says_itself_what_another_attempt_changes(ran, tmp_path):
+    steps, rate = {"loop": {"steps": 0.8}}, {"loop": {"rate": 0.5}}
+    gates = {"reached": most(0.7, adjust=steps), "rate": most(0.4)}
+    summary = lived(config(one=part(gates=gates, attempts=4, adjust=rate)), tmp_path / "run")
+    loops = [values["loop"] for values, _ in ran.calls]
+    # The first missed both; the second its steps alone.
+    assert loops == [{"steps": n, "rate": rate} for n, rate in ((100, 0.5), (80, 0.25), (64, 0.25))] and summary["ok"]
+    assert summary["stages"][0]["tried"][2]["changes"] == {"loop.steps": [100, 64], "loop.rate": [0.5, 0.25]}
+
+
+def test_nothing_is_tried_again_where_nothing_would_change(ran, tmp_path):
+    up, down = ({"loop": {"steps": factor}} for factor in (2.0, 0.5))
+    gates = {"reached": least(2.0, adjust=up), "rate": most(0.4, adjust=down)}
+    summary = lived(config(one=part(gates=gates, attempts=3, adjust=up)), tmp_path / "run")
+    assert len(ran.calls) == 1 and not summary["ok"] and summary["stages"][0]["attempts"] == 1
+
+
+def test_what_several_gates_ask_for_happens_once():
+    gates = {name: least(1.0) for name in ("a", "b")} | {"c": least(1.0, adjust={"loop": {"steps": 3.0}})}
+    made = section(StageConfig, part(gates=gates, adjust={"loop": {"steps": 2.0}}).to_dict())
+    assert made.factors(("a", "b")) == made.factors(("a",)) == made.factors(()) == {"loop.steps": 2.0}
+    assert made.factors(("b", "c")) == {"loop.steps": 6.0} and made.factors(("c",)) == {"loop.steps": 3.0}
 
 
 def test_every_gate_must_pass(ran, tmp_path):
