@@ -92,12 +92,12 @@ def test_each_run_is_the_one_that_its_command_names(straight, monkeypatch):
 @pytest.mark.thorough
 @pytest.mark.parametrize("stage", ["pretrain", "dpo", "grpo"])
 def test_a_pipeline_that_is_killed_goes_on_to_the_same_numbers(straight, tmp_path, stage):
-    process, directory = start(tmp_path / "life"), tmp_path / "life"
-    while not (directory / stage / "metrics.jsonl").exists():
-        assert process.poll() is None, process.stdout.read().decode()[-3000:]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    directory = tmp_path / "life"
+    with start(directory) as process:
+        while not (directory / stage / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stdout.read().decode()[-3000:]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
     assert not (directory / "attempts" / f"{stage}_1.json").exists()
     lived(directory)
     assert numbers(directory) == numbers(straight[0])
