@@ -87,7 +87,7 @@ def _examples(source: SourceConfig, path: str) -> Iterator[Example]:
             examples = record.parsed(parse)
         except Malformed as error:
             if source.on_error == "raise":
-                raise
+                raise error.or_skip() from error
             examples = [Example(dropped=error.reason)]
         yield from (example._replace(read=record.read) for example in examples)
 

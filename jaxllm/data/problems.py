@@ -234,7 +234,7 @@ def _parsed(records: Reading, source: ProblemSource, task: str, counts: Counter)
             yield from record.parsed(functools.partial(of_record, source=source, task=task))
         except Malformed as error:
             if source.on_error == "raise":
-                raise
+                raise error.or_skip() from error
             counts[error.reason] += 1
 
 

@@ -218,7 +218,7 @@ def _kept(contents: list, tokenizer: Tokenizer, source: SourceConfig) -> list:
         return _rendered(contents, tokenizer, source)
     except chat.Malformed as error:
         if source.on_error == "raise":
-            raise
+            raise error.or_skip() from error
         if len(contents) == 1:
             return [error]
     half = len(contents) // 2

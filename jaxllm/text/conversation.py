@@ -35,6 +35,10 @@ class Malformed(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def or_skip(self) -> "Malformed":
+        """The same, where a source may leave such records out instead."""
+        return Malformed(self.reason, f"{self}; or leave such records out, and count them, with on_error='skip'")
+
 
 TURNS = {"all": slice(None), "last": slice(-1, None)}  # which of the assistant's turns are supervised
 

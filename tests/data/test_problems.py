@@ -210,7 +210,7 @@ def test_files_are_read_as_any_source_is_and_what_is_in_them_is_counted(tmp_path
 )
 def test_a_bad_record_is_an_error_with_its_place_or_counted(tmp_path, value, reason, message):
     path = write(tmp_path / "a.jsonl", [*({"prompt": f"q{n}"} for n in range(9)), value])
-    with pytest.raises(Malformed, match=f"a.jsonl, line 10: .*{message}"):
+    with pytest.raises(Malformed, match=f"a.jsonl, line 10: .*{message}.*on_error='skip'"):
         problems({"a": ProblemSource("file", path=path)}, validation=0)
     made = problems({"a": ProblemSource("file", path=path, on_error="skip")}, validation=0)
     assert made.report["a"]["training"] == 9 and made.report["a"][reason] == 1
