@@ -43,8 +43,8 @@ def sample(logits_BV, rows_B, positions_B, key, *, sampler: SamplerConfig) -> tu
 
 def _sample(logits_BV, rows_B, positions_B, key, *, sampler):
     logits_BV = logits_BV / (sampler.temperature or 1.0)
-    shifted_BV = logits_BV - jnp.max(logits_BV, axis=1, keepdims=True)
-    weights_BV = jnp.exp(shifted_BV)
+    top_B1 = jnp.max(logits_BV, axis=1, keepdims=True)
+    weights_BV = jnp.exp(logits_BV - top_B1)
     if sampler.temperature == 0:
         tokens_B = jnp.argmax(logits_BV, axis=1)
     else:
@@ -52,8 +52,8 @@ def _sample(logits_BV, rows_B, positions_B, key, *, sampler):
             rows_B, positions_B
         )
         tokens_B = jax.vmap(_draw)(likely(weights_BV, sampler), keys_B)
-    shifted_B = jnp.take_along_axis(shifted_BV, tokens_B[:, None], axis=1)[:, 0]
-    return tokens_B, shifted_B - jnp.log(jnp.sum(weights_BV, axis=1))
+    own_B1 = jnp.take_along_axis(logits_BV, tokens_B[:, None], axis=1)
+    return tokens_B, (own_B1 - top_B1)[:, 0] - jnp.log(jnp.sum(weights_BV, axis=1))
 
 
 def likely(weights_BV: jax.Array, sampler: SamplerConfig) -> jax.Array:

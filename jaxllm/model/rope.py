@@ -70,6 +70,7 @@ def _rows(table: np.ndarray, index_BT: jax.Array) -> jax.Array:
 
 def rotate(x_BTNH: jax.Array, table: jax.Array) -> jax.Array:
     """Rotates each head of ``x_BTNH`` by its position's angles, in float32, back in the dtype of ``x_BTNH``."""
-    cos, sin = table[:, :, :, None, :]
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    cos, sin = table[:, :, :, None, None, :]
+    halves = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], 2, -1)
+    rotated = halves * cos + halves[..., ::-1, :] * jnp.concatenate([-sin, sin], axis=-2)
+    return rotated.reshape(x_BTNH.shape).astype(x_BTNH.dtype)

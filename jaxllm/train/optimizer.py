@@ -87,7 +87,7 @@ def optimizer(config: OptimizerConfig, rate: Callable, rules: tuple) -> optax.Gr
     matrix.
     """
     steps = (
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         SCALINGS[config.name](config, rules),
         optax.add_decayed_weights(config.weight_decay, partial(tree.mask, config.decay_mask)),
         optax.scale_by_learning_rate(rate),
@@ -103,6 +103,21 @@ def optimizer(config: OptimizerConfig, rate: Callable, rules: tuple) -> optax.Gr
     if config.ema_decay:
         chain = optax.chain(chain, average_parameters(config.ema_decay))
     return optax.with_extra_args_support(chain)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scales gradients whose norm, over all of them, is above ``limit`` down to it (Pascanu et al. 2013,
+    arXiv:1211.5063, algorithm 1).
+
+    One factor for all, which XLA multiplies by in passing: optax's quotients are written out first, a copy of all
+    gradients.
+    """
+
+    def update(updates, params=None):
+        factor = jnp.minimum(1.0, limit / tree.global_norm(updates))
+        return jax.tree.map(lambda x: x * factor, updates)
+
+    return optax.stateless(update)
 
 
 def _adamw(config, rules):

@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.model import build, parameter_rules
+from jaxllm.model import attention, build, parameter_rules
 from jaxllm.model.attention import IMPLEMENTATIONS, Visibility, attend
 from jaxllm.sharding import parameter_shardings, place, spec
 
 B, T, N, K, H = 2, 6, 4, 2, 3
 POSITIONS_BT = np.array([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0]])
 SEGMENTS_BT = np.array([[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0]])
-# Row 0: a prompt of two tokens that two answers continue. Row 1: an answer to a prompt that lies behind it.
+# Row 0: a prompt of two tokens that two answers continue. Row 1: a longer one, one answer, and an unused place.
 PARENTS = dict(
-    positions=np.array([[0, 1, 2, 3, 2, 3], [2, 3, 0, 1, 2, 0]]),
-    segments=np.array([[-1, -1, 1, 1, 2, 2], [5, 5, 4, 4, 4, 0]]),
+    positions=np.array([[0, 1, 2, 3, 2, 3], [0, 1, 2, 3, 4, 0]]),
+    segments=np.array([[-1, -1, 1, 1, 2, 2], [4, 4, 4, 5, 5, 0]]),
     parents=np.array([[-1, -1, -1, -1, -1, -1], [4, 4, 4, 4, 4, 0]]),
 )
 CASES = {
@@ -128,6 +128,36 @@ def test_a_single_query_sees_what_the_last_of_many_sees(name, length):
     how = dict(scale=CASES[name].get("scale", 0.5), soft_cap=CASES[name].get("soft_cap", 0.0), operand_dtype="float32")
     found = jax.jit(lambda q, k, v: attend(q, k, v, last, implementation="einsum", **how))(q[:, -1:], k, v)
     np.testing.assert_allclose(found, expected(name)[0][:, -1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [128, 129, 300, 520])
+def test_a_long_row_is_attended_to_block_by_block_as_if_at_once(length):
+    """Documents and continued prompts that cross the blocks' borders, against what looks at everything."""
+    draw = np.random.default_rng(length)
+    q, k, v, ct = (jnp.float32(draw.normal(size=(B, length, heads, H))) for heads in (N, K, K, N))
+    lengths = np.array([length // 3, length // 2, length - length // 3 - length // 2])
+    segments = np.tile(np.repeat([1, 2, 3], lengths), (B, 1))
+    parents = np.where(segments == 2, 1, segments)
+    positions = np.concatenate([np.arange(lengths[:2].sum()), np.arange(lengths[2])])
+    seen = visible(np.tile(positions, (B, 1)), segments, parents, window=100)
+    at_once, by_blocks = (
+        forward_and_back(q, k, v, ct, seen, implementation=name) for name in ("dot_product", "einsum")
+    )
+    for found, same in zip(by_blocks, at_once, strict=True):
+        np.testing.assert_allclose(found, same, atol=1e-5)
+
+
+def test_what_lies_behind_a_block_costs_nothing(monkeypatch):
+    def flops():
+        x = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.float32)
+        row = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+        how = dict(scale=1.0, soft_cap=0.0, implementation="einsum", operand_dtype="float32")
+        whole = jax.grad(lambda x, row: jnp.sum(attend(x, x, x, Visibility(row, row), **how)))
+        return jax.jit(whole).lower(x, row).compile().cost_analysis()["flops"]
+
+    by_blocks = flops()
+    monkeypatch.setattr(attention, "MOST_BLOCKS", 1)
+    assert by_blocks == pytest.approx(flops() * (1 + 2 + 3 + 4) / 16, rel=0.02)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
