@@ -56,9 +56,9 @@ JSON = flags.DEFINE_string("json", None, "file for the results")
 
 
 def machine(bench: Bench) -> dict:
-    """Peaks of products with float32 results, by operand dtype, and the copy bandwidth."""
+    """Peaks of products with float32 results, by operand dtype, and the bandwidth of an update in place."""
     peaks = {f"{dtype} operands, GFLOP/s": flops / 1e9 for dtype, flops in bench.peaks.items()}
-    return peaks | {"copy bandwidth, GB/s": bench.bandwidth / 1e9}
+    return peaks | {"bandwidth, read and written, GB/s": bench.bandwidth / 1e9}
 
 
 def train(bench: Bench) -> dict:
@@ -185,7 +185,7 @@ def decode(bench: Bench, *, rows: int = 64, prompt: int = 64, new: int = 128) ->
         "batch x prompt + new": f"{rows} x {prompt} + {new}",
         "devices": jax.device_count(),
         "new tokens/s": spread(rows * new / rounds["decode"]),
-        "bandwidth in the same rounds, GB/s": spread(rounds["bandwidth"] / 1e9),
+        "bandwidth in the same rounds, read and written, GB/s": spread(rounds["bandwidth"] / 1e9),
         "floor, tokens/s": spread(rows * new / floor),
         "share of the floor": spread(floor / rounds["decode"]),
         "compile and first run s": compile_seconds,
