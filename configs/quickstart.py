@@ -2,7 +2,7 @@
 
 python experiments/quickstart.py --workdir=runs/quickstart
 
-Two CPU cores, seven minutes (13 with other work beside), nothing to download. Each threshold is one that a stage
+Two CPU cores, four to eight minutes, nothing to download. Each threshold is one that a stage
 which does nothing misses.
 """
 

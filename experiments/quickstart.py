@@ -3,7 +3,7 @@
     python experiments/quickstart.py --workdir=runs/quickstart
     python experiments/quickstart.py --config=configs/pipeline.py --workdir=runs/mine --config.files.documents='my/*'
 
-The first is a small model of a small world, seven minutes on two CPU cores; the second takes your own data.
+The first is a small model of a small world, four to eight minutes on two CPU cores; the second takes your own data.
 Killed or stopped, the same command goes on.
 
 Exit status: 0 when every stage passed its gates; 2 when one fell short; 75 when asked to stop by SIGTERM or Ctrl-C
