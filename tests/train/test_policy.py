@@ -178,7 +178,8 @@ def batches(c, shape, order=None, tool=True):
 
 def test_the_update_does_not_depend_on_how_completions_lie_in_rows(critic):
     model, params = critic
-    c, optimizer = full(), optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+    # AdamW makes of a tiny gradient's rounding a share of its rate, which is therefore one that people take.
+    c, optimizer = full(), optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 
     loss = policy(model, c, temperature=0.7)
     step = jax.jit(lambda s, b, filled: update(s, b, loss=loss, optimizer=optimizer, filled=filled))
