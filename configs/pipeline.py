@@ -7,7 +7,8 @@ python experiments/quickstart.py --config=configs/pipeline.py --workdir=runs/min
     --config.files.questions=questions.jsonl
 
 The defaults are for a CPU and some megabytes of text. A stage's ``run`` is the config of that run: make it larger, and
-its gates what you expect of it, here or by flags (--config.stages.pretrain.run.loop.steps=20000).
+its gates what you expect of it, here or by flags (--config.stages.pretrain.run.loop.steps=20000). Wins are judged by a
+rule for short and polite answers unless told: --config.measures.wins.judge=reward:DIR, and that of drift.
 """
 
 import ml_collections

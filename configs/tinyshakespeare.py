@@ -3,7 +3,7 @@
 python experiments/train.py --config=configs/tinyshakespeare.py --workdir=runs/tinyshakespeare \\
     --config.data.sources.main.path=input.txt
 
-Two CPU cores, three minutes: 1.66 nats per byte on the last tenth of the text (published for characters: 1.88).
+Two CPU cores, one to three minutes: 1.66 nats per byte on the last tenth of the text (published for characters: 1.88).
 """
 
 from configs import common
