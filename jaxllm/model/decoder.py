@@ -176,7 +176,8 @@ def _hidden(
 
     ``positions_BT`` count from 0 in each document (0..T-1 unless told); ``segments_BT`` number the documents of a
     packed row, and attention never crosses from one to another, except into a segment's parent: ``parents_BT`` give for
-    each position the segment that its own continues, such as a prompt of several answers, or its own;
+    each position the segment that its own continues, such as a prompt of several answers, or its own. Nothing that
+    lies behind a position in its row is seen, so a document lies in order, and a parent before what continues it.
     ``dropout_key`` switches dropout on; ``embedding_noise_BTD`` is added to the embeddings, times ``embedding_scale``
     as they are. Raises ``ValueError`` for parents without segments.
     """
