@@ -22,7 +22,7 @@ from jaxllm.evaluate.perplexity import evaluator
 from jaxllm.evaluate.validation import validation
 from jaxllm.generate import SamplerConfig
 from jaxllm.log import Log
-from jaxllm.model import Model, flops_per_token, parameter_rules, with_scalar_head
+from jaxllm.model import flops_per_token, parameter_rules, placement, with_scalar_head
 from jaxllm.run_config import RunConfig, resolved, run_config
 from jaxllm.stages import Stage, limited, named
 from jaxllm.train import TrainState, optimizer, schedule, update
@@ -88,7 +88,7 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
         run = Run(
             config=config,
             stage=stage,
-            frozen={name: given.params(_shardings(given.model, mesh)) for name, given in stage.frozen.items()},
+            frozen={name: given.params() for name, given in stage.frozen.items()},
             programs=compile_programs(config, stage, mesh),
             checkpoints=checkpoints,
             meta={"tokenizer": stage.tokenizer.fingerprint, "data": stage.batches.fingerprint, "config": dict(values)},
@@ -107,7 +107,7 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
 
 def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     """The training step and the initialisation, placed on the mesh by the model's table. Nothing runs yet."""
-    rules, shardings = parameter_rules(stage.model.config), _shardings(stage.model, mesh)
+    rules, shardings = parameter_rules(stage.model.config), placement(stage.model, mesh)
     tokens_per_step = config.loop.batch_size * config.data.sequence_length
     rate = schedule(config.optimizer, steps=config.loop.steps, tokens_per_step=tokens_per_step)
     chain = optimizer(config.optimizer, rate, rules)
@@ -146,12 +146,6 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
     )
 
 
-def _shardings(model: Model, mesh) -> tree.Tree:
-    """Where the parameters of a model lie."""
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    return sharding.parameter_shardings(parameter_rules(model.config), abstract, mesh)
-
-
 def _start(run: Run, ignored: tuple[str, ...]) -> tuple[TrainState, dict | None]:
     """The newest checkpoint's state and position, the loader set to it; without one, None and the parameters of the
     run that this one starts from, or random ones.
@@ -159,7 +153,7 @@ def _start(run: Run, ignored: tuple[str, ...]) -> tuple[TrainState, dict | None]
     if run.checkpoints.latest_step is None:
         if run.stage.start is None:
             return run.programs.init(jax.random.key(run.config.seed)), None
-        given = run.stage.start.params(_shardings(run.stage.start.model, jax.sharding.get_mesh()))
+        given = run.stage.start.params()
         state = run.programs.begin(given)
         new = sorted(set(tree.names(state.params)) - set(tree.names(given)))
         print(f"starts from {run.config.start}" + f", new and 0: {', '.join(new)}" * bool(new), file=sys.stderr)

@@ -148,3 +148,9 @@ def _rows_sharding(rows: int, on: Mesh) -> NamedSharding:
 def data_parallelism(on: Mesh) -> int:
     """Over how many shards the rows of a batch are spread."""
     return math.prod(on.shape[axis] for axis in ACTIVATION_AXES["b"])
+
+
+def whole_shards(rows: int) -> int:
+    """So many rows, or the fewest more that spread evenly over the mesh that is set."""
+    on = jax.sharding.get_abstract_mesh()
+    return rows if on.empty else rows + -rows % data_parallelism(on)

@@ -23,7 +23,7 @@ from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape, filled
 from jaxllm.rl.on_policy import on_policy
 from jaxllm.run_config import RunConfig
-from jaxllm.sharding import data_parallelism, whole_batch
+from jaxllm.sharding import whole_batch
 from jaxllm.text import chat
 from jaxllm.text import prepare as text
 from jaxllm.text.tokenizer import Tokenizer
@@ -319,9 +319,8 @@ def _divergence(config: RunConfig, stage: Stage, reference: Model) -> Callable:
     """A function (params, *, ref_params) -> the policy's divergence from the reference, on its own answers to held-out
     prompts, and their length.
     """
-    ids, shards = [prompt.prompt_ids for prompt in stage.prompts], data_parallelism(jax.sharding.get_mesh())
-    batch_size = -(-min(32, len(ids)) // shards) * shards
-    sampling = Sampling(SamplerConfig(), config.loop.sample_tokens, batch_size, config.seed)
+    ids = [prompt.prompt_ids for prompt in stage.prompts]
+    sampling = Sampling(SamplerConfig(), config.loop.sample_tokens, min(32, len(ids)), config.seed)
 
     def probe(params: Tree, *, ref_params: Tree) -> dict[str, float]:
         sides = Loaded(stage.model, params, stage.tokenizer), Loaded(reference, ref_params, stage.tokenizer)

@@ -19,7 +19,7 @@ import jax
 from jaxllm import checkpoint
 from jaxllm.checkpoint import differences
 from jaxllm.configure import section
-from jaxllm.model import DecoderConfig, Model, build
+from jaxllm.model import DecoderConfig, Model, build, placement
 from jaxllm.text import tokenizer
 from jaxllm.text.tokenizer import Tokenizer
 from jaxllm.tree import Tree
@@ -63,17 +63,23 @@ class Saved(NamedTuple):
 
     model: Model
     tokenizer: Tokenizer
-    params: Callable[..., Tree]  # (shardings=None); without them on the first device
+    params: Callable[..., Tree]  # (shardings=None)
     identity: str  # tells these parameters from all others
 
 
 def saved(directory: str | os.PathLike, *, step: int | None = None) -> Saved:
-    """The run in this directory, its parameters (the newest whole checkpoint's, or those of ``step``) still unread."""
+    """The run in this directory, its parameters (the newest whole checkpoint's, or those of ``step``) still unread.
+
+    Read, they lie on the mesh that is set; on the first device where none is, or as ``shardings`` say.
+    """
     values = config(directory)
     tokens = tokenizer.load(Path(directory) / "tokenizer")
     model = build(section(DecoderConfig, values["model"], path="config.model").with_vocabulary(tokens.vocab_size))
 
     def params(shardings: Tree = None) -> Tree:
+        on = jax.sharding.get_mesh()
+        if shardings is None and not on.empty:
+            shardings = placement(model, on)
         return checkpoint.restore_params(Path(directory) / "checkpoints", step=step, shardings=shardings)
 
     return Saved(model, tokens, params, _identity(directory, values, step))
@@ -88,7 +94,7 @@ def _identity(directory: str | os.PathLike, values: Mapping, step: int | None) -
 
 
 def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Tree, Tokenizer]:
-    """(model, params, tokenizer) of a run: its newest whole checkpoint, or that of ``step``, on the first device."""
+    """(model, params, tokenizer) of a run: its newest whole checkpoint, or that of ``step``, placed as by ``saved``."""
     found = saved(directory, step=step)
     return found.model, found.params(), found.tokenizer
 

@@ -211,20 +211,29 @@ def test_answers_one_by_one_come_from_the_same_pairs(preferring, tmp_path):
     assert last["validation_chosen_log_ratio"] > 0 > last["validation_rejected_log_ratio"]
 
 
+@pytest.fixture(scope="module")
+def rewarding_config(sources, pretrained):
+    """The config of a reward model."""
+    how = dict(start=str(pretrained), model__scalar_head=True, loop__evaluate_first=True, loop__sample_every=0)
+    return config_of(sources, "reward", **how, loop__best_metric="validation_pair_loss")
+
+
+@pytest.fixture(scope="module")
+def rewarded(rewarding_config, tmp_path_factory):
+    return train(rewarding_config, tmp_path_factory.mktemp("rewarded") / "run")
+
+
 def test_a_reward_model_starts_from_a_policy_with_a_new_head_and_goes_on_bit_for_bit(
-    sources, pretrained, tmp_path, capsys
+    sources, rewarding_config, rewarded, tmp_path, capsys
 ):
     """C10: nothing else is new, and the scale of its rewards is kept with the checkpoint."""
-    how = dict(start=str(pretrained), model__scalar_head=True, loop__evaluate_first=True, loop__sample_every=0)
-    values = config_of(sources, "reward", **how, loop__best_metric="validation_pair_loss")
-    straight = train(values, tmp_path / "straight")
-    assert (
-        "starts from" in (said := capsys.readouterr().err) and "new and 0: scalar_head/bias, scalar_head/kernel" in said
-    )
+    values, straight = rewarding_config, rewarded
     first, last = (row for row in rows(straight) if row["step"] in (0, 8) and "validation_accuracy" in row)
     assert first["validation_accuracy"] == 0.5 and first["validation_pair_loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert last["validation_accuracy"] > 0.95
     train(values, tmp_path / "run", stop_at=3)
+    said = capsys.readouterr().err
+    assert "starts from" in said and "new and 0: scalar_head/bias, scalar_head/kernel" in said
     assert rows(train(values, tmp_path / "run")) == rows(straight)
     scale = rewarding.scale(straight)
     assert scale.mean == pytest.approx(last["validation_reward"]) and scale.deviation > 0
@@ -263,6 +272,16 @@ def arms(sources, start, algorithm, **changes):
 def two_devices(monkeypatch):
     """A mesh of two, for which programs are compiled faster than for eight."""
     monkeypatch.setattr(sharding, "mesh", functools.partial(sharding.mesh, devices=jax.devices()[:2]))
+
+
+def test_models_that_reward_lie_on_the_mesh_of_the_policy(sources, pretrained, rewarded, tmp_path, two_devices):
+    values = arms(sources, pretrained, "grpo", steps=2)
+    learned = {"liked": ("model", str(rewarded)), "judged": ("judge", f"model:{pretrained}")}
+    values["rollout"]["rewards"] |= {
+        name: common.reward(kind, path=path).to_dict() for name, (kind, path) in learned.items()
+    }
+    told = next(row for row in rows(train(values, tmp_path / "run")) if "reward" in row)
+    assert abs(told["reward/liked"]) > 1e-3 and 0 <= told["reward/judged"] <= 1
 
 
 def stopping_rollout(monkeypatch):

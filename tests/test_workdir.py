@@ -9,7 +9,7 @@ import pytest
 from configs import common
 from jaxllm import checkpoint, workdir
 from jaxllm.configure import section
-from jaxllm.model import DecoderConfig, build
+from jaxllm.model import DecoderConfig, build, placement
 from jaxllm.text.tokenizer import byte_tokenizer
 
 VALUES = {"seed": 0, "loop": {"steps": 10, "sample_prompts": ("a", "b")}, "tokenizer": {"kind": "bytes"}}
@@ -168,6 +168,14 @@ def test_a_run_loads_as_its_model_the_parameters_of_a_step_and_its_tokenizer(sav
     assert {float(leaf.flatten()[0]) for leaf in jax.tree.leaves(params)} == {expected}
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, jax.eval_shape(model.init, jax.random.key(0)))
     assert model.forward(params, np.ones((1, 3), np.int32)).shape == (1, 3, 288)
+
+
+def test_parameters_lie_on_the_mesh_that_is_set(saved_run, make_mesh):
+    mesh = make_mesh(1, 4, 1)
+    with jax.set_mesh(mesh):
+        model, params, _ = workdir.load(saved_run)
+    assert jax.tree.map(lambda x: x.sharding, params) == placement(model, mesh)
+    assert all(np.all(leaf == 2) for leaf in jax.tree.leaves(jax.device_get(params)))
 
 
 def test_a_step_that_was_not_kept_is_named(saved_run):

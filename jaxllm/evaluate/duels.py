@@ -270,6 +270,7 @@ def points(report: Mapping[str, Any]) -> dict[str, list[Point]]:
 @partial(jax.jit, static_argnums=0)
 def _summed(model, params, tokens_BT, starts_B, lengths_B):
     """[B]: log-probabilities of the tokens from ``starts_B`` to ``lengths_B``, each after those before it."""
+    tokens_BT, starts_B, lengths_B = place(tokens_BT, "bt"), place(starts_B, "b"), place(lengths_B, "b")
     logp_BT, _, _ = model.score(params, model.hidden(params, tokens_BT), jnp.roll(tokens_BT, -1, axis=1))
     next_1T = 1 + jnp.arange(tokens_BT.shape[1])[None, :]
     mask_BT = (next_1T >= starts_B[:, None]) & (next_1T < lengths_B[:, None])

@@ -20,6 +20,7 @@ from jaxllm.evaluate.ranking import won
 from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
 from jaxllm.rewards.style import RULES
+from jaxllm.sharding import place
 from jaxllm.text import chat, verdicts
 from jaxllm.text.chat import Conversation
 from jaxllm.text.tokenizer import Tokenizer
@@ -186,8 +187,9 @@ def _letter(tokenizer: Tokenizer, letter: str) -> int:
 
 
 def _log_probabilities(model, letters, params, tokens_BT, lengths_B):
-    """[B, 2]: of each letter after the first ``lengths_B`` tokens. The head sees one position of each row."""
-    last = jnp.take_along_axis(model.hidden(params, tokens_BT), lengths_B[:, None, None] - 1, axis=1)
-    shown = jnp.broadcast_to(letters[None, :], (len(lengths_B), 2))
-    logps, _, _ = model.score(params, jnp.repeat(last, 2, axis=1), shown)
-    return logps
+    """logp_B2 of each letter after the first ``lengths_B`` tokens. The head sees one position of each row."""
+    tokens_BT, lengths_B = place(tokens_BT, "bt"), place(lengths_B, "b")
+    last_B1D = jnp.take_along_axis(model.hidden(params, tokens_BT), lengths_B[:, None, None] - 1, axis=1)
+    letters_B2 = jnp.zeros_like(tokens_BT[:, :2]) + letters[None, :]
+    logp_B2, _, _ = model.score(params, jnp.concatenate([last_B1D, last_B1D], axis=1), letters_B2)
+    return place(logp_B2, "..")  # whole on each of several processes

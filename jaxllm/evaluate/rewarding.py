@@ -18,6 +18,7 @@ from jaxllm.data.units import Unit
 from jaxllm.evaluate.ranking import Bin, calibration, calibration_error, win_rate, won
 from jaxllm.evaluate.rows import by_length
 from jaxllm.model import Model
+from jaxllm.sharding import place
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
 from jaxllm.tree import Tree
@@ -154,5 +155,7 @@ def _member(directory: str | os.PathLike, step: int | None) -> Callable[[Sequenc
 
 @partial(jax.jit, static_argnums=0)
 def _last_scalars(model: Model, params: Tree, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    tokens_BT, lengths_B = place(tokens_BT, "bt"), place(lengths_B, "b")
     scalar_BT = model.scalars(params, model.hidden(params, tokens_BT))
-    return jnp.take_along_axis(scalar_BT, lengths_B[:, None] - 1, axis=1)[:, 0]
+    last_B = jnp.take_along_axis(scalar_BT, lengths_B[:, None] - 1, axis=1)[:, 0]
+    return place(last_B, ".")  # whole on each of several processes

@@ -8,6 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from jaxllm.sharding import whole_shards
+
 T = TypeVar("T")
 
 SHORTEST = 16
@@ -22,7 +24,11 @@ class Rows(NamedTuple):
 
 
 def by_length(sequences: Sequence[Sequence[int]], batch_size: int) -> Iterator[Rows]:
-    """Every sequence once, those of similar lengths together, in rows as wide as the next power of two."""
+    """Every sequence once, those of similar lengths together, in rows as wide as the next power of two.
+
+    Under a mesh the rows of a batch are as many more as spread evenly over it.
+    """
+    batch_size = whole_shards(batch_size)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]

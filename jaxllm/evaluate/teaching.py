@@ -21,7 +21,7 @@ from jaxllm.data.config import DataConfig
 from jaxllm.data.loader import rows_by_side
 from jaxllm.data.packing import Rows
 from jaxllm.data.tokens import Split, TokenStore
-from jaxllm.model import Model, parameter_rules
+from jaxllm.model import Model
 from jaxllm.train.objectives import ObjectiveConfig, likeliest
 from jaxllm.train.preferences import ask_reference
 from jaxllm.tree import Tree
@@ -41,7 +41,7 @@ class Question(NamedTuple):
     decides: tuple = ()
 
 
-def taught(stores: Mapping[str, Split], teacher: Model, params: Callable[..., Tree], **how: Any) -> dict[str, Split]:
+def taught(stores: Mapping[str, Split], teacher: Model, params: Callable[[], Tree], **how: Any) -> dict[str, Split]:
     """The stores with ``teacher_ids_BTK`` and ``teacher_logp_BTJ`` of ``stored_distillation`` beside their tokens.
 
     ``how`` is ``objective``, its config, and what ``asked`` takes. Log-probabilities are float16: wrong by 2^-11 of
@@ -60,22 +60,21 @@ def taught(stores: Mapping[str, Split], teacher: Model, params: Callable[..., Tr
         return said | {"teacher_logp_BTJ": logp_BTJ.astype(jnp.float16)}
 
     question = Question("teacher", narrowed, kinds, (objective.temperature,))
-    return asked(stores, teacher, params, question, **how)
+    return asked(stores, params, question, **how)
 
 
-def referred(stores: Mapping[str, Split], reference: Model, params: Callable[..., Tree], **how: Any) -> dict:
+def referred(stores: Mapping[str, Split], reference: Model, params: Callable[[], Tree], **how: Any) -> dict:
     """The stores with ``ref_logp_BT`` beside their tokens, float32: the targets' log-probabilities under the reference.
 
     ``how`` is what ``asked`` takes.
     """
     question = Question("reference", ask_reference(reference), {"ref_logp_BT": ("float32", 0)})
-    return asked(stores, reference, params, question, **how)
+    return asked(stores, params, question, **how)
 
 
 def asked(
     stores: Mapping[str, Split],
-    model: Model,
-    params: Callable[..., Tree],
+    params: Callable[[], Tree],
     question: Question,
     *,
     identity: str,
@@ -86,10 +85,10 @@ def asked(
     """The stores with the frozen model's answers to the question beside their tokens.
 
     What ``directory`` does not hold yet is asked, ``batch_size`` rows at a time, on the mesh that is set. Only then
-    ``params(shardings)`` are read; ``identity`` tells them from all others. Raises ``ValueError`` where several
+    ``params()`` are read; ``identity`` tells them from all others. Raises ``ValueError`` where several
     processes would have to ask.
     """
-    ask = functools.cache(lambda: _asking(model, question, params))
+    ask = functools.cache(lambda: _asking(question, params))
 
     def beside(name: str, store: TokenStore, rows: Sequence[Rows]) -> TokenStore | AnnotatedStore:
         if not rows:
@@ -105,7 +104,7 @@ def asked(
     return {name: Split(*map(partial(beside, name), store, rows[name])) for name, store in stores.items()}
 
 
-def _asking(model: Model, question: Question, params: Callable[..., Tree]) -> Callable[[dict], dict[str, np.ndarray]]:
+def _asking(question: Question, params: Callable[[], Tree]) -> Callable[[dict], dict[str, np.ndarray]]:
     """A function: rows [B, T] on the host -> what the model says of them."""
     if jax.process_count() > 1:
         raise ValueError(
@@ -113,8 +112,7 @@ def _asking(model: Model, question: Question, params: Callable[..., Tree]) -> Ca
             "data.cache that all can read"
         )
     on = jax.sharding.get_mesh()
-    rules, abstract = parameter_rules(model.config), jax.eval_shape(model.init, jax.random.key(0))
-    given = params(None if on.empty else sharding.parameter_shardings(rules, abstract, on))
+    given = params()
     answer = jax.jit(lambda params, batch: question.say(params, jax.tree.map(lambda x: x[0], batch)))
 
     def ask(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

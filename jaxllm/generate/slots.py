@@ -17,7 +17,7 @@ from jaxllm.generate import programs
 from jaxllm.generate.programs import CHUNK, Drawn, Turn
 from jaxllm.generate.sampler import SamplerConfig
 from jaxllm.model import Model
-from jaxllm.sharding import data_parallelism, place
+from jaxllm.sharding import place, whole_shards
 from jaxllm.tree import Tree
 
 # Prompts that are read together.
@@ -193,7 +193,7 @@ def _read(model, params, queue, length):
         if len(prefixes) == READ_TOGETHER and _prefix(request) not in prefixes:
             break
         prefixes.setdefault(_prefix(request), len(prefixes))
-    rows = _whole_shards(1 if len(prefixes) == 1 else READ_TOGETHER)
+    rows = whole_shards(1 if len(prefixes) == 1 else READ_TOGETHER)
     tokens_BT = np.zeros((rows, bucket(max(map(len, prefixes)), 16)), np.int32)
     for prefix, row in prefixes.items():
         tokens_BT[row, : len(prefix)] = prefix
@@ -244,10 +244,4 @@ def _prefix(request):
 def _sizes(slots):
     """``slots`` and its halves, the largest first."""
     halves = (slots >> halvings for halvings in range(slots.bit_length()))
-    return list(dict.fromkeys(_whole_shards(half) for half in halves if half in (slots, max(half, FEWEST_SLOTS))))
-
-
-def _whole_shards(rows: int) -> int:
-    """Rows up to a multiple of the mesh's data parallelism."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return rows if mesh.empty else rows + -rows % data_parallelism(mesh)
+    return list(dict.fromkeys(whole_shards(half) for half in halves if half in (slots, max(half, FEWEST_SLOTS))))

@@ -1,7 +1,7 @@
 """The model: modules inside, pure functions over plain dicts outside. The only home of Flax."""
 
 from jaxllm.model.config import DecoderConfig, RopeConfig
-from jaxllm.model.decoder import Model, build, parameter_rules, policy, with_scalar_head
+from jaxllm.model.decoder import Model, build, parameter_rules, placement, policy, with_scalar_head
 from jaxllm.model.flops import flops_per_token
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "build",
     "flops_per_token",
     "parameter_rules",
+    "placement",
     "policy",
     "with_scalar_head",
 ]

@@ -11,12 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxllm.model import decoding, heads
 from jaxllm.model.attention import Visibility
 from jaxllm.model.config import DecoderConfig
 from jaxllm.model.kinds import LayerKinds
 from jaxllm.model.layers import Block, Embedding, Projection, RMSNorm
+from jaxllm.sharding import parameter_shardings
 from jaxllm.tree import Tree
 
 TRUNK = ("embedding", "blocks", "final_norm")  # what hidden states come of
@@ -99,6 +101,12 @@ def parameter_rules(config: DecoderConfig) -> tuple[tuple[str, str], ...]:
         (r"scalar_head/bias", ""),
     )
     return (*((f"(critic/)?{pattern}", letters) for pattern, letters in rules), (r"head/kernel", "dv"))
+
+
+def placement(model: Model, on: Mesh) -> Tree:
+    """The sharding of each of the model's parameters on this mesh. Raises as ``parameter_shardings`` does."""
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    return parameter_shardings(parameter_rules(model.config), abstract, on)
 
 
 def policy(model: Model, params: Tree) -> tuple[Model, Tree]:

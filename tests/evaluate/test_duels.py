@@ -15,6 +15,7 @@ from jaxllm.evaluate.measures import plain
 from jaxllm.evaluate.ranking import Game, agreement, bradley_terry, win_rate
 from jaxllm.figures import Point
 from jaxllm.generate import SamplerConfig
+from jaxllm.model import placement
 from jaxllm.text import chat
 from jaxllm.text.chat import Conversation
 from jaxllm.text.special_tokens import END_ID, EOS_ID
@@ -106,6 +107,14 @@ def test_log_probabilities_of_answers_are_those_of_the_whole_model_at_temperatur
         logp = next_logps(params, [*prompt, *answer])
         assert total == pytest.approx(sum(logp[len(prompt) - 1 + i, token] for i, token in enumerate(answer)), abs=2e-5)
     np.testing.assert_allclose(answer_logps(model, params, ids, given, batch_size=4), sums, atol=1e-5)
+
+
+def test_log_probabilities_of_answers_are_the_same_on_a_mesh(loaded, ids, make_mesh):
+    (model, params, _), given = loaded[0], [[70, 71, END_ID], [90], [91, 92, EOS_ID], [110], [70, 70]]
+    alone, mesh = answer_logps(model, params, ids, given, batch_size=3), make_mesh(2, 4, 1)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, placement(model, mesh))
+        np.testing.assert_allclose(answer_logps(model, placed, ids, given, batch_size=3), alone, atol=1e-5)
 
 
 def test_divergence_is_the_mean_over_answers_of_summed_log_ratios(loaded, ids, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 from jaxllm import workdir
 from jaxllm.evaluate import judges, rewarding
 from jaxllm.evaluate.judges import Judgement, by_rule, by_score, points, prompted
+from jaxllm.model import placement
 from jaxllm.rewards import style
 from jaxllm.text import chat, verdicts
 from jaxllm.text.chat import Conversation
@@ -140,6 +141,16 @@ def test_exchanging_the_answers_exchanges_the_verdicts_whatever_the_batch(speake
     assert one.wins.tolist() == (1 - other.wins).tolist()
     for name in ("consistency", "position_bias", "letters", "ties"):
         assert one.report[name] == pytest.approx(other.report[name], rel=1e-5), name
+
+
+def test_a_model_on_a_mesh_says_the_same(speaker, make_mesh):
+    model, params, tokenizer = speaker
+    some = list(map(list, zip(*CASES[:6], strict=True)))
+    alone, mesh = prompted(*speaker, batch_size=5)(*some), make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, placement(model, mesh))
+        found = prompted(model, placed, tokenizer, batch_size=5)(*some)
+    assert found.wins.tolist() == alone.wins.tolist() and found.report == pytest.approx(alone.report, rel=1e-4)
 
 
 def test_a_model_that_only_sees_what_is_shown_first_decides_nothing():

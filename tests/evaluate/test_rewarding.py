@@ -74,6 +74,14 @@ def test_an_ensemble_has_the_mean_of_its_members_and_their_spread(members):
     np.testing.assert_allclose(both.spread, np.abs(one.mean - other.mean) / 2, rtol=1e-6)
 
 
+def test_reward_models_lie_on_the_mesh_that_is_set_and_say_the_same(members, make_mesh):
+    prompts, answers = [Conversation(({"role": "user", "content": "Hi"},))] * 3, ["there", "you", "é, and more"]
+    alone = rewarding.load(members)(prompts, answers)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        found = rewarding.load(members)(prompts, answers)
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+
+
 def test_accuracy_stands_beside_what_length_alone_would_say(members, tmp_path):
     path = tmp_path / "pairs.json"
     path.write_text(json.dumps(PAIRS))

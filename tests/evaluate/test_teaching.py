@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from configs import common
-from jaxllm import checkpoint, sharding, stages, workdir
+from jaxllm import checkpoint, stages, workdir
 from jaxllm.data import columns, loader
 from jaxllm.data.config import DataConfig, SourceConfig
 from jaxllm.data.tokens import prepare
 from jaxllm.evaluate import teaching
-from jaxllm.model import build, parameter_rules
+from jaxllm.model import build, placement
 from jaxllm.run_config import run_config
 from jaxllm.text.special_tokens import PAD_ID
 from jaxllm.text.tokenizer import byte_tokenizer
@@ -65,7 +65,7 @@ def ask(data, teacher, directory, read=None, **changes):
     """``taught``, of a teacher whose parameters are read by ``read``."""
     (config, stores), (model, params) = data, teacher
     options = dict(identity="teacher 1", data=config, objective=CONFIG, directory=directory, batch_size=5) | changes
-    return teaching.taught(stores, model, read or (lambda _: params), **options)
+    return teaching.taught(stores, model, read or (lambda: params), **options)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_a_reference_is_asked_of_each_answer_behind_its_prompt(teacher, tmp_path
     config = DataConfig(sources=sources, sequence_length=2 * LENGTH, validation=0.0)
     plain = prepare(config, byte_tokenizer(), directory=tmp_path)
     how = dict(identity="reference", data=config, directory=tmp_path, batch_size=3)
-    found = teaching.referred(plain, model, lambda _: params, **how)
+    found = teaching.referred(plain, model, lambda: params, **how)
     forward = jax.jit(lambda tokens_BT: model.forward(params, tokens_BT))
     asked = 0
     for split in found.values():
@@ -213,7 +213,7 @@ def places(directory):
 def test_what_is_stored_is_not_asked_again_nor_are_the_parameters_read(data, teacher, stores, tmp_path):
     first = ask(data, teacher, tmp_path)
 
-    def unread(_):
+    def unread():
         raise AssertionError("the teacher was read")
 
     again = ask(data, teacher, tmp_path, unread, batch_size=2)
@@ -299,14 +299,9 @@ def test_to_another_process_goes_the_place_and_not_the_numbers(stores):
 
 
 def test_a_mesh_stores_the_same(data, teacher, stores, mesh, tmp_path):
-    (model, params), shapes = teacher, []
-
-    def read(shardings):
-        shapes.append(shardings)
-        return jax.tree.map(jax.device_put, params, shardings)
-
-    found = ask(data, teacher, tmp_path, read, batch_size=8)
-    assert shapes == [sharding.parameter_shardings(parameter_rules(model.config), params, mesh)]
+    model, params = teacher
+    placed = jax.device_put(params, placement(model, mesh))
+    found = ask(data, teacher, tmp_path, lambda: placed, batch_size=8)
     for name, split in stores.items():
         for store, other in zip(split, found[name], strict=True):
             np.testing.assert_array_equal(other.columns["teacher_ids_BTK"], store.columns["teacher_ids_BTK"])
