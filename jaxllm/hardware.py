@@ -15,6 +15,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H100": 989e12,
     "NVIDIA A100": 312e12,
 }
@@ -30,7 +32,8 @@ def peak_flops(operand_dtype: jnp.dtype) -> tuple[float, str]:
     for prefix, flops in PEAK_FLOPS.items():
         if kind.startswith(prefix):
             return flops * jax.device_count(), f"data sheet of {kind}"
-    return measured_flops(operand_dtype) * jax.process_count(), f"measured on {kind}"
+    peaks = jax.process_count() if jax.default_backend() == "cpu" else jax.device_count()
+    return measured_flops(operand_dtype) * peaks, f"measured on {kind}"
 
 
 def measured_flops(operand_dtype: jnp.dtype, *, size: int = 1024, repeats: int = 12) -> float:

@@ -68,7 +68,8 @@ class Log:
         self.settle()
         if not self.rows:
             return
-        each = {name: [row[name] for row in self.rows if name in row] for row in self.rows for name in row}
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        each = {name: [row[name] for row in self.rows if name in row] for name in names}
         row = {name: values[-1] if name in LAST else float(np.mean(values)) for name, values in each.items()}
         if self.untimed:
             self._lap()

@@ -36,7 +36,7 @@ GREEDY = SamplerConfig(temperature=0.0)
 
 
 class Preempted(SystemExit):
-    """The run saved at ``step`` and stopped because it was asked to."""
+    """The run saved at ``step`` and stopped because it was asked to; at 0 there was nothing to save."""
 
     def __init__(self, step: int):
         super().__init__(EXIT_PREEMPTED)
@@ -77,10 +77,12 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
     config = run_config(values)
     make = named(config.stage)
     mesh = sharding.mesh(config.mesh)
-    with stop_signals() as stopping, jax.set_mesh(mesh), ExitStack() as stack:
-        with _first_process_first():
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        with stopped_at_once(), _first_process_first():
             directory = workdir.open(directory, values, accept_changes=accept_changes)
+            stack.enter_context(workdir.held(directory))
             stage = make(config, directory)
+        stopping = stack.enter_context(stop_signals())
         stack.callback(stage.batches.close)
         keep = {key: getattr(config.loop, key) for key in ("keep_last", "keep_best", "best_metric", "best_mode")}
         checkpoints = stack.enter_context(checkpoint.open(directory / "checkpoints", **keep))
@@ -91,12 +93,17 @@ def run(values: Mapping, directory: str, *, accept_changes: bool = False) -> dic
             frozen={name: given.params() for name, given in stage.frozen.items()},
             programs=compile_programs(config, stage, mesh),
             checkpoints=checkpoints,
-            meta={"tokenizer": stage.tokenizer.fingerprint, "data": stage.batches.fingerprint, "config": dict(values)},
+            meta={
+                "tokenizer": stage.tokenizer.fingerprint,
+                "data": stage.batches.fingerprint,
+                "models": {name: given.identity for name, given in stage.frozen.items()} | dict(stage.rewarded_by),
+                "config": dict(values),
+            },
             directory=directory,
             place=place,
             evaluate=evaluator(stage.objective, stage.prepare, place),
         )
-        state, position = _start(run, ("config", "data") if accept_changes else ("config",))
+        state, position = _start(run, ("config", "data", "models") if accept_changes else ("config",))
         workdir.record(directory, values, stage.report)
         write = stack.enter_context(_writers(config, directory, int(state.step)))
         log = Log(write, _throughput(config, stage, state))
@@ -195,8 +202,12 @@ def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> 
                     log.write(step, validated)
                 if due["sample"]:
                     _write_samples(run, state.params, step)
-                if due["save"] or stop:
+                unranked = due["evaluate"] and _unranked(run, validated)
+                if due["save"] or stop or unranked:
                     _save(run, state, step, log, validated if due["evaluate"] else None)
+                if unranked:
+                    run.checkpoints.wait()
+                    raise ValueError(unranked)
         if stop and not last:
             run.checkpoints.wait()
             print(f"stopped as asked and saved at step {step}: the same command continues", file=sys.stderr)
@@ -233,9 +244,18 @@ def _validation(run: Run, state: TrainState) -> dict[str, float]:
         row |= _answered(run, state)
     if stage.probe:
         row |= {f"validation_{name}": value for name, value in stage.probe(state.params, **run.frozen).items()}
-    if (best := run.config.loop.best_metric) not in row:
-        raise ValueError(f"loop.best_metric={best!r} is no metric of a validation{nearest(best, row)}")
     return row
+
+
+def _unranked(run: Run, validated: Mapping) -> str:
+    """What is wrong where the best checkpoints are kept by a metric that this validation lacks."""
+    loop, best = run.config.loop, run.config.loop.best_metric
+    if not loop.keep_best or best in validated:
+        return ""
+    return (
+        f"loop.best_metric={best!r} is no metric of a validation{nearest(best, validated)}; the run is saved, "
+        "correct it and go on with --accept_changes"
+    )
 
 
 def _answered(run: Run, state: TrainState) -> dict[str, float]:
@@ -293,22 +313,41 @@ def _writers(config, directory, start_step):
 def stop_signals() -> Iterator[threading.Event]:
     """Inside, the first SIGTERM or SIGINT sets the event instead of ending the process; a second SIGINT interrupts as
     ever.
-
-    Where there are several processes, SIGTERM belongs to JAX's preemption service, and no handler is set.
     """
     event = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield event
-        return
 
     def stop(number, _):
         if number == signal.SIGINT and event.is_set():
             raise KeyboardInterrupt
         event.set()
 
+    with _handled(stop):
+        yield event
+
+
+@contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """Inside, where there is nothing to save yet, SIGTERM or SIGINT ends the process with the same status."""
+
+    def stop(*_):
+        print("stopped as asked before the first step: the same command begins again", file=sys.stderr)
+        raise Preempted(0)
+
+    with _handled(stop):
+        yield
+
+
+@contextmanager
+def _handled(stop: Callable) -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT call ``stop``; no handler is set where there are several processes, whose SIGTERM
+    belongs to JAX's preemption service.
+    """
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield event
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -158,17 +158,14 @@ def read(path: Any) -> list[dict[str, float | str]]:
     Raises ``ValueError`` that names any other line that is not a row, ``FileNotFoundError`` if there is no file.
     """
     rows = []
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = pathlib.Path(path).read_bytes().split(b"\n")[:-1]  # other ends of lines may stand in a text
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break
         try:
             row = json.loads(line)
             rows.append({"step": row["step"]} | {name: _finite_or_not(value) for name, value in row.items()})
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: not a row of metrics ({error}): {line[:80]!r}. Remove the line."
-            ) from error
+            shown = line.decode(errors="replace")[:80]
+            raise ValueError(f"{path}:{number}: not a row of metrics ({error}): {shown!r}. Remove the line.") from error
     return rows
 
 
@@ -240,7 +237,7 @@ def _drop_rows_beyond(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
     kept = "".join(_line(row) for row in read(path) if row["step"] <= step)
-    if kept != path.read_text(encoding="utf-8"):
+    if kept.encode() != path.read_bytes():
         beside = path.with_name(f"{path.name}.tmp")
         beside.write_text(kept, encoding="utf-8")
         os.replace(beside, path)

@@ -22,6 +22,7 @@ from jaxllm.model import Model, build
 from jaxllm.rl.experience import experience
 from jaxllm.rl.layout import Shape, filled
 from jaxllm.rl.on_policy import on_policy
+from jaxllm.rl.rewarding import identities
 from jaxllm.run_config import RunConfig
 from jaxllm.sharding import whole_batch
 from jaxllm.text import chat
@@ -48,6 +49,7 @@ class Stage(NamedTuple):
     prompts: Sequence[Prompt] = ()  # held out, as many as a validation asks, with the answers that the data give
     start: workdir.Saved | None = None  # the parameters to start from; None: random ones
     frozen: Mapping[str, workdir.Saved] = {}  # further arguments of the objective: parameters that it does not train
+    rewarded_by: Mapping[str, str] = {}  # what tells the models that reward from all others, by name
     rollout: Callable | None = None  # (params, batch, step, **frozen) -> (the batch to train on, numbers to log)
     filled: Callable | None = None  # (batch) -> how many of its micro-batches hold anything; None: all
     samples: Callable | None = None  # () -> rows of prompts and texts to show; None: continuations of sample_prompts
@@ -208,6 +210,7 @@ def rl(config: RunConfig, directory: Path) -> Stage:
         prompt=partial(_question, tokenizer),
         start=workdir.saved(config.start) if config.start else None,
         frozen={"ref_params": reference} if reference else {},
+        rewarded_by=identities(config.rollout.rewards),
         rollout=drawn.batch,
         filled=filled,
         samples=drawn.rows,

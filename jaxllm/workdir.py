@@ -4,12 +4,15 @@ config.json  environment.json  tokenizer/  tokens/  checkpoints/  metrics.jsonl 
 evaluation.json  evaluation_items.jsonl
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -50,12 +53,37 @@ def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool 
             )
         for name, (saved, wanted) in sorted(differing.items()):
             print(f"changed from the run so far: {name}: {saved!r} -> {wanted!r}", file=sys.stderr)
-    elif directory.exists() and any(directory.iterdir()):
+    elif directory.exists() and any(path.name != "config.tmp" for path in directory.iterdir()):
         raise ValueError(f"{directory} is not empty and holds no config.json of a run; use another --workdir")
     directory.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         _write(path, values)
     return directory
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Inside, the run belongs to this job, whose first process writes for all; ``ValueError`` where it belongs to
+    another one.
+    """
+    opened = os.open(directory, os.O_RDONLY)
+    try:
+        if jax.process_index() == 0:
+            _lock(opened, directory)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _lock(opened: int, directory: Path) -> None:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process trains the run in {directory}: wait until it ends, or use another --workdir"
+        ) from error
+    except OSError:  # a file system that knows no locks
+        pass
 
 
 class Saved(NamedTuple):
@@ -90,7 +118,7 @@ def _identity(directory: str | os.PathLike, values: Mapping, step: int | None) -
     checkpoints = Path(directory) / "checkpoints"
     step = next(checkpoint.whole_steps(checkpoints), "") if step is None else step
     files = sorted(str(path.relative_to(checkpoints)) for path in (checkpoints / str(step)).rglob("*"))
-    return json.dumps([values["model"], files])
+    return f"step {step} ({hashlib.sha256(json.dumps([values['model'], files]).encode()).hexdigest()[:16]})"
 
 
 def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Model, Tree, Tokenizer]:
@@ -131,11 +159,17 @@ def write_evaluation_items(directory: str | os.PathLike, suite: str, rows: Itera
 
 def record(directory: Path, values: Mapping, data: Mapping) -> None:
     """Writes the config that goes on, and versions, device, commit, command and what the data became, so that the run
-    can be made again.
+    can be made again; those that it began under, where they were others, stay beside them as ``earlier``.
     """
-    if jax.process_index() == 0:
-        _write(directory / "config.json", values)
-        _write(directory / "environment.json", environment() | {"data": data})
+    if jax.process_index() > 0:
+        return
+    _write(directory / "config.json", values)
+    path, now = directory / "environment.json", environment() | {"data": dict(data)}
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    earlier = before.pop("earlier", [])
+    if before and differences(before, json.loads(json.dumps(now))):
+        earlier.append(before)
+    _write(path, now | {"earlier": earlier})
 
 
 def environment() -> dict:

@@ -32,8 +32,20 @@ def test_the_peak_of_this_host_counts_its_cores_once_however_many_virtual_device
     assert jax.device_count() == 8 and flops == 7.0 and source.startswith("measured on")
 
 
+def test_the_peak_of_unknown_accelerators_is_that_of_all(monkeypatch):
+    monkeypatch.setattr(hardware, "measured_flops", lambda dtype: 7.0)
+    monkeypatch.setattr(hardware.jax, "default_backend", lambda: "gpu")
+    assert hardware.peak_flops("bfloat16")[0] == 8 * 7.0
+
+
 @pytest.mark.parametrize(
-    "kind, peak", [("TPU v5p", 459e12), ("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12)]
+    "kind, peak",
+    [
+        ("TPU v5p", 459e12),
+        ("TPU v5 lite", 197e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+    ],
 )
 def test_known_accelerators_come_from_the_data_sheet_times_their_number(monkeypatch, kind, peak):
     monkeypatch.setattr(hardware.jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])

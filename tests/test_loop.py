@@ -453,6 +453,23 @@ def test_the_first_interrupt_stops_softly_and_the_second_at_once():
         assert stopping.is_set()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_there_is_anything_to_save_a_request_ends_the_run_at_once(number, capfd):
+    with pytest.raises(loop.Preempted) as stopped, loop.stopped_at_once():
+        signal.raise_signal(number)
+    assert stopped.value.code == 75 and stopped.value.step == 0
+    assert "stopped as asked before the first step: the same command begins again" in capfd.readouterr().err
+
+
+def test_a_request_while_the_data_is_prepared_does_not_wait_for_it(values, tmp_path, monkeypatch):
+    def prepare(*_, **__):
+        stop()
+        raise AssertionError("the data are prepared")
+
+    monkeypatch.setattr(stages.tokens, "prepare", prepare)
+    assert train(values(), tmp_path / "run").batches == {}
+
+
 def test_the_handlers_of_before_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(ZeroDivisionError), loop.stop_signals():

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -151,11 +152,13 @@ def test_a_student_that_samples_half_of_its_batches_goes_on_bit_for_bit(sources,
 
 
 def test_a_best_metric_that_no_validation_measures_is_named(fine_tuning, tmp_path):
-    values = fine_tuning | {"loop": fine_tuning["loop"] | {"best_metric": "validation_loss/chta"}}
+    changed = {"best_metric": "validation_loss/chta", "evaluate_every": 2, "evaluate_first": False}
+    values = fine_tuning | {"loop": fine_tuning["loop"] | changed}
     with pytest.raises(
-        ValueError, match="loop.best_metric='validation_loss/chta' is no metric .*'validation_loss/chat'"
+        ValueError, match="loop.best_metric='validation_loss/chta' is no metric .*'validation_loss/chat'.* is saved"
     ):
         loop.run(values, tmp_path / "run")
+    assert list(checkpoint.whole_steps(tmp_path / "run" / "checkpoints")) == [2]
 
 
 def test_a_request_to_start_elsewhere_is_another_config(fine_tuning, fine_tuned, tmp_path):
@@ -190,6 +193,16 @@ def test_preference_tuning_starts_at_its_reference_and_leaves_it(preferred):
 def test_a_preference_tuning_that_was_stopped_goes_on_bit_for_bit(preferring, preferred, tmp_path):
     train(preferring, tmp_path / "run", stop_at=3)
     assert_same_run(train(preferring, tmp_path / "run"), preferred)
+
+
+def test_a_reference_that_was_trained_on_is_another(preferring, pretrained, tmp_path):
+    copy = shutil.copytree(pretrained, tmp_path / "reference")
+    values = preferring | {"reference": str(copy)}
+    train(values, tmp_path / "run", stop_at=3)
+    step = next(checkpoint.whole_steps(copy / "checkpoints"))
+    (copy / "checkpoints" / str(step)).rename(copy / "checkpoints" / "99")
+    with pytest.raises(ValueError, match=rf"models.ref_params: saved 'step {step} \(.*\)', now 'step 99 \("):
+        loop.run(values, tmp_path / "run")
 
 
 def test_a_stored_reference_gives_the_numbers_of_a_live_one(preferring, preferred, tmp_path):

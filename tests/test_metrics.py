@@ -131,6 +131,14 @@ def test_rows_come_back_with_nan_and_infinities_from_strict_json(tmp_path):
     assert repr(metrics.read(path)) == repr(rows)
 
 
+def test_no_sign_in_a_text_ends_its_row(tmp_path):
+    text = "a\u2028b\u2029c\x85d\x0be\x1cf\rg"
+    for step in (1, 2):
+        with metrics.jsonl(tmp_path / "m", after_step=step - 1) as write:
+            write(step, {"text": text})
+    assert [row["text"] for row in metrics.read(tmp_path / "m")] == [text, text]
+
+
 def test_numpy_and_jax_numbers_are_written_as_numbers(tmp_path):
     with metrics.jsonl(tmp_path / "m") as write:
         write(np.int64(3), {"a": np.float32(0.5), "b": np.int32(2), "c": np.array(math.nan)})
@@ -149,8 +157,8 @@ def test_a_resumed_run_has_no_step_twice_and_no_torn_line(tmp_path):
     with metrics.jsonl(path) as write:
         for step in range(0, 50, 10):
             write(step, {"loss": 1.0})
-    with path.open("a") as file:
-        file.write('{"step": 50, "lo')
+    with path.open("ab") as file:
+        file.write('{"step": 50, "text": "é'.encode()[:-1])
     assert [row["step"] for row in metrics.read(path)] == [0, 10, 20, 30, 40]
     with metrics.jsonl(path, after_step=20) as write:
         for step in (30, 40):

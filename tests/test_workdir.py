@@ -80,6 +80,20 @@ def test_the_tokenizer_of_a_run_never_changes(tmp_path):
             workdir.open(tmp_path, other, accept_changes=accept)
 
 
+def test_a_kill_while_the_config_is_written_leaves_a_directory_to_begin_in(tmp_path):
+    (tmp_path / "config.tmp").write_text('{"a": ')
+    assert workdir.config(workdir.open(tmp_path, {"a": 1})) == {"a": 1}
+
+
+def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
+    with workdir.held(tmp_path):
+        with pytest.raises(ValueError, match="another process trains the run in .*: wait until it ends, or use anoth"):
+            with workdir.held(tmp_path):
+                pass
+    with workdir.held(tmp_path):
+        pass
+
+
 def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for accept in (False, True):
@@ -110,6 +124,15 @@ def test_the_environment_names_versions_device_commit_command_and_data(tmp_path)
     assert environment["python"] == sys.version.split()[0] and environment["command"] == sys.argv
     assert environment["devices"] == 8 and environment["device"] == jax.devices()[0].device_kind
     assert environment["data"] == {"main": {"num_documents": 3}} and "commit" in environment
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_what_it_began_under(tmp_path, monkeypatch):
+    for version in ("1", "1", "2", "2"):
+        monkeypatch.setattr(workdir.platform, "python_version", lambda version=version: version)
+        workdir.record(tmp_path, VALUES, {})
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["python"] == "2" and [each["python"] for each in environment["earlier"]] == ["1"]
+    assert environment["earlier"][0]["packages"] == environment["packages"]
 
 
 def test_the_commit_is_that_of_the_code_and_empty_outside_of_a_checkout(tmp_path, monkeypatch):

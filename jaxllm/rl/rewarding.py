@@ -99,3 +99,10 @@ def _judge(spec: str) -> Learned:
 
 
 LEARNED = {"model": _model, "judge": _judge}
+
+
+def identities(terms: Mapping[str, Term]) -> dict[str, str]:
+    """What tells the models that reward from all others, by the names of their terms."""
+    judged_by = {"model": "reward:{}", "judge": "{}"}
+    learned = {name: term for name, term in terms.items() if term.kind in judged_by}
+    return {name: judges.identity(judged_by[term.kind].format(term.path)) for name, term in learned.items()}

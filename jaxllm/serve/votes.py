@@ -4,7 +4,6 @@ Answers are sampled before anything is shown, and a vote is on the disk before t
 """
 
 import dataclasses
-import hashlib
 import sqlite3
 import sys
 from collections import Counter
@@ -138,9 +137,8 @@ def standings(database: sqlite3.Connection, *, figure: str = "") -> Group:
 
 def _how(player: Player, manner: Manner) -> dict[str, Any]:
     """How a player's answers come about, the seed apart."""
-    identity = workdir.saved(player.run, step=player.step).identity
     settings = {name: value for name, value in dataclasses.asdict(manner).items() if name != "seed"}
-    return {"manner": settings, "identity": hashlib.sha256(identity.encode()).hexdigest()[:16]}
+    return {"manner": settings, "identity": workdir.saved(player.run, step=player.step).identity}
 
 
 def _answers(
