@@ -7,7 +7,6 @@ Then a chat source takes the least surprising 200 with path=scored.jsonl, select
 
 import argparse
 import functools
-import json
 import math
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxllm import workdir  # noqa: E402
 from jaxllm.data import conversations  # noqa: E402
 from jaxllm.data.config import FORMATS, TEXT, SourceConfig  # noqa: E402
 from jaxllm.data.examples import resolved  # noqa: E402
-from jaxllm.data.sources import DocumentSource  # noqa: E402
+from jaxllm.data.sources import DocumentSource, json_line  # noqa: E402
 from jaxllm.evaluate.scoring import answer_nlls  # noqa: E402
 
 
@@ -39,13 +38,15 @@ def main():
     read = functools.partial(conversations.conversation, format=format)
     records = list(DocumentSource(args.data).records())
     asked = [record.parsed(read) for record in records]
+    for record in records:
+        record.parsed(json_line)  # what could not be written is named before the model is asked
     length = args.sequence_length or workdir.config(args.workdir)["data"]["sequence_length"]
     nats = answer_nlls(*workdir.load(args.workdir, step=args.step), asked, sequence_length=length)
     lines = []
     for record, nat in zip(track(records, "score", disable=not sys.stderr.isatty()), nats, strict=True):
         if not math.isnan(nat):
-            lines.append(json.dumps({**record.value, "nats": nat}, ensure_ascii=False))
-    Path(args.out).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            lines.append(json_line({**record.value, "nats": nat}))
+    Path(args.out).write_text("".join(lines), encoding="utf-8")
     unread = len(records) - len(lines)
     print(f"{len(lines)} of {len(records)} written to {args.out}; {unread} have no answer in {length} tokens")
 

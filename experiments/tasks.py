@@ -31,6 +31,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write; no other file in it is replaced")
     args = parser.parse_args()
     levels = dict.fromkeys(args.task.split(","), args.level)
+    made.require(0, count=args.count)
     if args.tool:
         draw = random.Random(args.seed)
         asked = (tasks.drawn(draw.choice(list(levels)), args.level, draw, share=args.share) for _ in range(args.count))

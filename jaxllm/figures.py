@@ -16,6 +16,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # Okabe and Ito, "Color Universal Design" (2008), without yellow: told apart under every common colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -248,6 +249,8 @@ def _figure(columns: int, lines: int) -> Figure:
 def _save(figure: Figure, path: Any) -> None:
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a label is a name that somebody gave, whatever dollars it has
     figure.savefig(path)
 
 

@@ -245,6 +245,16 @@ def test_bars_have_a_panel_for_each_metric_with_a_value(tmp_path):
         figures.bars({"bleu": BARS["bleu"]}, tmp_path / "none.png")
 
 
+def test_a_label_with_dollars_is_drawn_as_it_is_spelled(tmp_path):
+    label = r"$\bad{$"
+    for value in (1.0, 2000.0):
+        groups = {label: {label: (value, value, value)}, f"{label} too": {label: (1.0, 1.0, 1.0)}}
+        figures.bars({label: groups}, tmp_path / "bars.png")
+        figures.ladder({label: (value, value, value)}, tmp_path / "ladder.png", title=label)
+    rows = [[{"step": 1, "loss": 2.0, label: 1.0}], [{"step": 1, "loss": 2.0, label: 3.0}]]
+    figures.comparison({label: rows}, tmp_path / "comparison.png", names=["loss", label])
+
+
 def test_a_bar_is_as_long_as_its_value_with_its_interval_and_runs_do_not_cover_each_other():
     axes = Figure().add_subplot()
     figures._bar_panel(axes, "accuracy", BARS["accuracy"])

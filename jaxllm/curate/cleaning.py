@@ -23,10 +23,10 @@ from jaxllm import figures
 from jaxllm.curate import duplicates, filters, lines
 from jaxllm.curate.limits import Limits, limits
 from jaxllm.curate.report import DUPLICATE, NEAR_DUPLICATE, Report, Tally, Verdict, bars, planted
-from jaxllm.data.sources import DocumentSource, Record, record_text
+from jaxllm.data.sources import DocumentSource, Record, json_line, record_text
 
 CLEAN, DROPPED, REPORT, FIGURE = "clean.jsonl", "dropped.jsonl", "report.json", "figures/curate.png"
-RULES = 1  # of this folder: another number, and what was cleaned before is not taken for done
+RULES = 2  # of this folder: another number, and what was cleaned before is not taken for done
 NOTHING = {"documents": 0, "bytes": 0, "examples": []}
 BOILERPLATE, RECURRING, NOISE = "boilerplate", "recurring_lines", "noise"
 
@@ -39,11 +39,11 @@ class Judged(NamedTuple):
 
 
 def clean(*, files: str, out: str | os.PathLike, field: str = "text", preset: str = "any", **thresholds) -> Report:
-    """Writes the documents worth reading to ``clean.jsonl`` in ``out``, the others to ``dropped.jsonl`` with their
-    "reason" (of duplicates also the number of the first one, "duplicate_of"), and what this did to ``report.json``.
+    """Writes the documents worth reading to ``clean.jsonl`` in ``out``, the others to ``dropped.jsonl`` as {"reason",
+    "record"} (of duplicates also the number of the first one, "duplicate_of"), and what this did to ``report.json``.
 
     Records are kept whole, but for lines removed from their text; ``report`` says what is in the report, which is
-    returned. Where it was done already, nothing is done.
+    returned. Where it was done already, nothing is done; where it fails, nothing is left half written.
 
     Args:
       files: a file, folder or glob of documents, as ``DocumentSource`` reads them.
@@ -53,8 +53,8 @@ def clean(*, files: str, out: str | os.PathLike, field: str = "text", preset: st
       thresholds: fields of ``Limits`` to change of it.
 
     Raises:
-      ValueError: an unknown or impossible threshold, a record without a text, a result of something else in ``out``,
-        or no document that is worth keeping.
+      ValueError: an unknown or impossible threshold, a record without a text or with a field that JSON cannot hold, a
+        result of something else in ``out``, or no document that is worth keeping.
       OSError: files that are missing or cannot be written.
     """
     allowed, source, directory = limits(preset, **thresholds), DocumentSource(files, field), Path(out)
@@ -66,9 +66,10 @@ def clean(*, files: str, out: str | os.PathLike, field: str = "text", preset: st
         with _bar(source) as advance:
             judged = judge((text for _, text in _read(source, advance)), allowed)
             directory.mkdir(parents=True, exist_ok=True)
-            report = {"from": made_from, **_write(_read(source, advance), judged, allowed, directory, field)}
-        _partial(directory / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        _publish(directory, report)
+            with _nothing_partial(directory):
+                report = {"from": made_from, **_write(_read(source, advance), judged, allowed, directory, field)}
+                _partial(directory / REPORT).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+                _publish(directory, report)
     if not (directory / FIGURE).exists():
         figures.bars(bars(report), directory / FIGURE)
     return report
@@ -129,9 +130,9 @@ def _write(
             found.add(verdict.reason, text if verdict.reason else left)
             if verdict.reason:
                 of = {} if verdict.of is None else {"duplicate_of": verdict.of}
-                dropped.write(_line({**whole, "reason": verdict.reason, **of}))
+                dropped.write(json_line({"reason": verdict.reason, **of, "record": whole}))
                 continue
-            kept.write(_line({**whole, field: left}))
+            kept.write(json_line({**whole, field: left}))
             for name, gone in cuts.items():
                 for line in gone:
                     removed.add(name, line)
@@ -150,12 +151,20 @@ def _cut(text: str, recurring: set[bytes], allowed: Limits) -> tuple[str, dict[s
 
 
 def _read(source: DocumentSource, advance: Callable[[int], None]) -> Iterator[tuple[Record, str]]:
-    parse = functools.partial(record_text, field=source.field)
+    parse = functools.partial(_text, field=source.field)
     before = 0
     for record in source.records():
         yield record, record.parsed(parse)
         advance(record.read - before)
         before = record.read
+
+
+def _text(value: str | dict[str, Any], field: str) -> str:
+    """The text of a record; raises where there is none, or where the record could not be written in the end."""
+    text = record_text(value, field)
+    if isinstance(value, dict):
+        json_line(value)
+    return text
 
 
 @contextmanager
@@ -166,12 +175,18 @@ def _bar(source: DocumentSource) -> Iterator[Callable[[int], None]]:
         yield functools.partial(bar.advance, bar.add_task("clean", total=2 * source.num_bytes))
 
 
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
+
+
+@contextmanager
+def _nothing_partial(directory: Path) -> Iterator[None]:
+    """Whatever happens, no file is left that has no name of its own."""
+    try:
+        yield
+    finally:
+        for name in (CLEAN, DROPPED, REPORT):
+            _partial(directory / name).unlink(missing_ok=True)
 
 
 def _publish(directory: Path, report: Report) -> None:
@@ -179,8 +194,6 @@ def _publish(directory: Path, report: Report) -> None:
     paths = [directory / name for name in (CLEAN, DROPPED, REPORT)]
     replaced = [path for path in paths if path.exists() and not filecmp.cmp(path, _partial(path), shallow=False)]
     if replaced or not report["kept"]["documents"]:
-        for path in paths:
-            _partial(path).unlink()
         why = {name: part["documents"] for name, part in report["dropped"].items()}
         raise ValueError(
             f"{replaced[0]} exists and says something else: give --out another folder"

@@ -54,13 +54,14 @@ def without_boilerplate(text: str, most: float) -> Cut:
 
 
 def without(text: str, unwanted: Callable[[str], bool]) -> Cut:
-    """The text without the lines that are not wanted; a text without any comes back as it was."""
+    """The text without the lines that are not wanted; all else, ends of lines included, stays as it was."""
     said = text.splitlines()
     removed = [line for line in said if line.strip() and unwanted(line)]
     if not removed:
         return Cut(text, removed)
     gone = set(removed)
-    return Cut("\n".join(line for line in said if line not in gone).strip(), removed)
+    whole = zip(said, text.splitlines(keepends=True), strict=True)
+    return Cut("".join(with_end for line, with_end in whole if line not in gone), removed)
 
 
 def keys(text: str) -> Iterator[bytes]:

@@ -54,11 +54,20 @@ class Example(NamedTuple):
 
 
 def resolved(source: SourceConfig) -> SourceConfig:
-    """The source with its format, where that was to be detected. Raises ValueError where the first record has none."""
+    """The source with its format, where that was to be detected: that of the first record, or, where bad ones are
+    skipped, of the first that has one. Raises ValueError where there is none.
+    """
     if source.format not in DETECTED:
         return source
-    first = next(DocumentSource(source.path).records())
-    return dataclasses.replace(source, format=first.parsed(DETECTED[source.format]))
+    first = None
+    for record in DocumentSource(source.path).records():
+        try:
+            return dataclasses.replace(source, format=record.parsed(DETECTED[source.format]))
+        except Malformed as error:
+            first = first or error
+            if source.on_error == "raise":
+                break
+    raise first
 
 
 DETECTED: dict[str, Callable[[Any], str]] = {AUTO: conversations.detected, PREFERENCE: preferences.detected}
@@ -131,9 +140,13 @@ CONTENTS: dict[str, Callable[[Preference], list[Conversation] | list[Unit]]] = {
 def _extras(source: SourceConfig, value: Any) -> dict[str, Any]:
     """The task and the score of a record."""
     task = str(_extra(value, source.tag, (str, int))) if source.tag else ""
-    score = float(_extra(value, source.score_field, (int, float))) if source.score_field else 0.0
+    try:
+        score = float(_extra(value, source.score_field, (int, float))) if source.score_field else 0.0
+    except OverflowError:
+        score = math.nan
     if math.isnan(score):
-        raise Malformed("no_score", f"field {source.score_field!r} is NaN, which has no rank; mend or remove it")
+        why = f"field {source.score_field!r} is NaN, or too large for a float, and has no rank"
+        raise Malformed("no_score", f"{why}; mend or remove it")
     return {"task": task, "score": score}
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jaxllm.data import tasks, world
+from jaxllm.data.made import require
 from jaxllm.data.noise import noise
 from jaxllm.data.world import RELATIONS, Manner, Person, Question, Record
 
@@ -35,6 +36,7 @@ INTRODUCTIONS = ("My name is {name}. What is my name?", "I am {name}. Who am I?"
 FOLLOW_UPS = ("And {name}?", "What about {name}?", "And what of {name}?")
 SUMS = {"addition": 2}  # task -> level
 MOST_SUMS = 7000  # of the 8100 sums of two such numbers a tenth is held out
+COUNTS = ("talks", "sums", "introductions", "follow_ups", "demonstrations", "plain")  # that may be 0
 MANNERS = Manner(polite=0.4, concise=0.4, on_topic=1.0)
 
 
@@ -76,7 +78,11 @@ HELP = {
 
 
 def lessons(plan: Plan) -> dict[str, Iterable[Record]]:
-    """file -> its records: documents to read, instructions to follow, preferences, and, held out, what is examined."""
+    """file -> its records: documents to read, instructions to follow, preferences, and, held out, what is examined.
+
+    Raises ``ValueError`` for a count below 0, or below 1 where each person or question needs one.
+    """
+    require(0, **{name: getattr(plan, name) for name in COUNTS})
     seed, known = plan.seed, world.create(plan.seed, people=plan.people, heldout=plan.heldout)
     everyone = [*known.asked, *known.heldout]
     plain, polite = world.questions(known.asked), politely(world.questions(known.asked))

@@ -138,12 +138,15 @@ PLANS: dict[str, Callable[[np.ndarray, int], Plan]] = {
 
 
 def table(starts: np.ndarray, counts: np.ndarray, length: int, dropped: Dropped) -> Table:
-    """Of lines of pieces, [lines, k]; or [lines] of a piece each."""
+    """Of lines of pieces, [lines, k]; or [lines] of a piece each. A line without a pair, of a document of one token, is
+    in no row.
+    """
     counts = counts.reshape(len(counts), *counts.shape[1:] or [1])
+    starts, counts = (each[counts.any(axis=1)] for each in (starts.reshape(counts.shape), counts))
     rows = _fewest_rows(counts.sum(axis=1), length)
     order = np.argsort(rows, kind="stable")
     row_offsets = np.concatenate([[0], np.cumsum(np.bincount(rows))])
-    return Table(starts.reshape(counts.shape)[order], counts[order], row_offsets, dropped)
+    return Table(starts[order], counts[order], row_offsets, dropped)
 
 
 def _fewest_rows(counts: np.ndarray, length: int) -> np.ndarray:

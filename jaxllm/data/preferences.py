@@ -6,7 +6,7 @@ A function makes messages out of fields; whether they make sense is the template
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
-from math import isfinite, isnan, nan
+from math import isnan, nan
 from typing import Any, NamedTuple
 
 from jaxllm.data.conversations import Fields, asked, entries, message, system, tools, turns
@@ -21,6 +21,7 @@ _ANSWER, _ANSWERS = ("completion", "response", "answer"), ("completions", "respo
 _SCORE = ("score", "rating", "overall_score")
 _SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 _SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_LARGEST = 1e38  # of a number, in size: a store has 32 bits for it, and for the difference of two
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -102,7 +103,8 @@ def _pairs(record: Fields, ranking: Ranking) -> list[Preference]:
     margin = _number(record, "margin")
     if isnan(margin):
         margin = 0.0 if any(map(isnan, scores)) else scores[0] - scores[1]
-    return [Preference(prompt, chosen, rejected, margin, *scores, tie=bool(record.get("tie")))]
+    tie = record.get("tie") is not None and _bool(record["tie"], "tie")
+    return [Preference(prompt, chosen, rejected, margin, *scores, tie=tie)]
 
 
 def _scored(record: Fields, ranking: Ranking) -> list[Preference]:
@@ -124,9 +126,7 @@ def _scored(record: Fields, ranking: Ranking) -> list[Preference]:
 
 def _thumbs(record: Fields, ranking: Ranking) -> list[Preference]:
     """KTO: {"prompt", "completion", "label": bool}: a chosen answer of score 1, or a rejected one of score 0."""
-    label = record.get("label")
-    if not isinstance(label, bool | int) or label not in (0, 1):
-        raise Malformed("no_label", f"field 'label' holds {label!r:.40}, not true or false; mend it")
+    label = _bool(record.get("label"), "label")
     prompt, answer = _prompt(record), _spoken(record, _first(_ANSWER, record))
     if label:
         return [Preference(prompt, chosen=answer, chosen_score=1.0)]
@@ -235,9 +235,16 @@ def _number(record: Fields, field: str) -> float:
 
 
 def _finite(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise Malformed(f"no_{field}", f"a {field} is {value!r:.40}, not a finite number; mend it")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
+        why = f"a {field} is {value!r:.40}, not a finite number of a size up to {_LARGEST}"
+        raise Malformed(f"no_{field}", f"{why}; mend it")
     return float(value)
+
+
+def _bool(value: Any, field: str) -> bool:
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise Malformed(f"no_{field}", f"field {field!r} holds {value!r:.40}, not true or false; mend it")
+    return bool(value)
 
 
 def _first(fields: Sequence[str], record: Fields) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from jaxllm.configure import nearest
 from jaxllm.data import conversations, preferences, tasks
 from jaxllm.data.config import ON_ERROR
+from jaxllm.data.made import require
 from jaxllm.data.sources import DocumentSource, Reading
 from jaxllm.data.tasks import HELD_OUT, TASKS, THINK_FIRST, Problem
 from jaxllm.text import chat
@@ -110,6 +111,7 @@ class Problems:
 
     def validation(self, count: int) -> list[Problem]:
         """At most ``count`` held-out problems, as many of each source as of any other, no prompt twice."""
+        require(0, heldout=count)
         found: dict[int, Problem] = {}
         share = -(-count // len(self._pools))
         for pool in self._pools:

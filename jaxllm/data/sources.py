@@ -1,6 +1,7 @@
 """Records out of files: `.txt`, `.json`, `.jsonl` (`.gz`, `.zst`), `.parquet`, folders and globs, or embedded prose.
 
-Nothing is skipped silently: what cannot be read is an error that names the file, the line and the mend.
+Nothing is skipped silently: what cannot be read is an error that names the file, the line and the mend, and files of
+other kinds among those of a folder or glob are named on stderr. Hidden files of a folder, named ".x", are none of it.
 """
 
 import functools
@@ -9,8 +10,10 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
@@ -124,6 +127,21 @@ def record_text(value: str | dict[str, Any], field: str) -> str:
     return text
 
 
+def json_line(value: Mapping[str, Any]) -> str:
+    """A record's line of a jsonl file. Raises Malformed that names the field which JSON in UTF-8 cannot hold."""
+    try:
+        line = json.dumps(value, ensure_ascii=False) + "\n"
+        line.encode()
+        return line
+    except (TypeError, ValueError) as error:
+        if len(value) > 1:
+            for part in value.items():
+                json_line(dict([part]))
+        ((field, held),) = value.items()
+        message = f"field {field!r} holds {held!r:.40}, which JSON cannot ({error}); leave it out, or make it text"
+        raise Malformed("not_json", message) from error
+
+
 def _matches(path: str) -> tuple[Path, ...]:
     """The readable files that a path, folder or glob stands for, sorted by name."""
     root = Path(path)
@@ -132,15 +150,25 @@ def _matches(path: str) -> tuple[Path, ...]:
             raise ValueError(f"{path} is of no kind that can be read: {_KINDS}; rename or convert it")
         return (root,)
     if root.is_dir():
-        candidates = root.rglob("*")
+        inside = ((file, file.relative_to(root).parts) for file in root.rglob("*"))
+        candidates = (file for file, parts in inside if not any(part.startswith(".") for part in parts))
     elif glob.has_magic(path):
         candidates = map(Path, glob.glob(path, recursive=True))
     else:
         raise FileNotFoundError(f"{path} does not exist: give a file, a folder, a glob, or {EMBEDDED!r}")
-    found = tuple(sorted(file for file in candidates if file.is_file() and _suffix(file) in READERS))
+    files = sorted(file for file in candidates if file.is_file())
+    found = tuple(file for file in files if _suffix(file) in READERS)
     if not found:
         raise FileNotFoundError(f"{path} matches no file of a kind that can be read: {_KINDS}")
+    _name_unread(path, tuple(str(file) for file in files if _suffix(file) not in READERS))
     return found
+
+
+@functools.cache  # a source looks for its files several times, and says this once
+def _name_unread(path: str, unread: tuple[str, ...]) -> None:
+    if unread:
+        names = ", ".join(unread[:5]) + (f" and {len(unread) - 5} more" if len(unread) > 5 else "")
+        print(f"{path}: not read, for its kind is none of {_KINDS}: {names}", file=sys.stderr)
 
 
 def _suffix(path: Path) -> str:
@@ -150,7 +178,7 @@ def _suffix(path: Path) -> str:
 
 
 def _read_txt(path: Path, columns: tuple[str, ...]) -> Reading:
-    data = path.read_bytes()  # bytes, since text mode would rewrite \r\n
+    data = path.read_bytes().removeprefix(BOM_UTF8)  # bytes, since text mode would rewrite \r\n
     if data:
         value, line = _decoded(data)
         yield Record(value, f"{path}, line {line}", len(data))
@@ -158,7 +186,7 @@ def _read_txt(path: Path, columns: tuple[str, ...]) -> Reading:
 
 def _read_json(path: Path, columns: tuple[str, ...]) -> Reading:
     """One array of objects, whose items are read one at a time so that each has its line."""
-    data = path.read_bytes()
+    data = path.read_bytes().removeprefix(BOM_UTF8)
     if not data.strip():
         return
     text, line = _decoded(data)
@@ -175,7 +203,8 @@ def _read_json(path: Path, columns: tuple[str, ...]) -> Reading:
 
 def _read_jsonl(path: Path, columns: tuple[str, ...], opened: Callable[[BinaryIO], Iterable[bytes]] = iter) -> Reading:
     with path.open("rb") as raw:
-        for number, line in enumerate(_whole_lines(opened(raw), path), 1):
+        for number, line in enumerate(_whole(opened(raw), path, EOFError, gzip.BadGzipFile, zlib.error), 1):
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if line.strip():
                 yield Record(_json_line(line), f"{path}, line {number}", raw.tell())
 
@@ -201,11 +230,11 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> Reading:
         names = file.schema_arrow.names
         for missing in set(columns) - set(names):
             raise ValueError(f"{path}: no column {missing!r} in {names}; set field to one of them")
-        size, row = path.stat().st_size, 0
-        for batch in file.iter_batches(batch_size=1024, columns=list(columns or names)):
-            for value in batch.to_pylist():
-                row += 1
-                yield Record(value, f"{path}, row {row}", size * row // file.metadata.num_rows)
+        size = path.stat().st_size
+        batches = file.iter_batches(batch_size=1024, columns=list(columns or names))
+        values = (value for batch in batches for value in batch.to_pylist())
+        for row, value in enumerate(_whole(values, path, ArrowException, OSError, UnicodeDecodeError), 1):
+            yield Record(value, f"{path}, row {row}", size * row // file.metadata.num_rows)
 
 
 READERS: dict[str, Callable[[Path, tuple[str, ...]], Reading]] = {
@@ -260,11 +289,11 @@ def _zst_lines(raw: BinaryIO) -> Iterator[bytes]:
     yield tail
 
 
-def _whole_lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    """Lines of a file that may be compressed; one cut short or damaged is an error."""
+def _whole(parts: Iterable[T], path: Path, *damage: type[Exception]) -> Iterator[T]:
+    """Lines or rows of a file; damage: what is raised where it is cut short or damaged, which is an error."""
     try:
-        yield from lines
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        yield from parts
+    except damage as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
 
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from jaxllm.configure import nearest
+from jaxllm.data.made import require
 from jaxllm.text.chat import Conversation
 from jaxllm.text.special_tokens import ANSWER, END_ANSWER, END_THINK, THINK
 
@@ -189,6 +190,7 @@ def demonstrations(
     steps are wrong, and what follows from them: whoever learns of these alone knows how to answer and not what.
     share: what is held out, of which none is shown.
     """
+    require(0, count=count)
     if not 0 <= correct <= 1:
         raise ValueError(f"correct={correct} is a share, from 0 to 1")
     if not levels:

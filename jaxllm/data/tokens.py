@@ -7,6 +7,7 @@ source's, task by task.
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -36,6 +37,7 @@ from jaxllm.text.tokenizer import Tokenizer
 _FORMAT = 1  # raise it when the same source would give other files
 _ELSEWHERE = ("path", "field", "validation_path", "weights", "packing", "balance")  # in the fingerprint, or in no file
 _CHUNK_BYTES = 1 << 22
+_PARTIAL = f".partial-{os.uname().nodename}-"  # between the name of a place and a random one
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that its multiples visit every uint64
 
 
@@ -154,18 +156,42 @@ def _options(source: SourceConfig) -> list[tuple[str, Any]]:
 
 
 def write_whole(place: Path, write: Callable[[Path], None]) -> None:
-    """Runs `write` in a directory beside `place` and renames it: what bears the name is whole, whoever was killed."""
-    partial = place.with_name(f"{place.name}.partial-{uuid.uuid4().hex[:8]}")
-    partial.mkdir(parents=True)
-    try:
-        write(partial)
+    """Runs `write` in a directory beside `place` and renames it: what bears the name is whole, whoever was killed.
+
+    What those leave goes when somebody writes beside it again, and nobody else of this host does.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with _writing_in(place.parent):
+        partial = place.with_name(f"{place.name}{_PARTIAL}{uuid.uuid4().hex[:8]}")
+        partial.mkdir()
         try:
-            partial.rename(place)
-        except OSError:
-            if not place.is_dir():  # else another process was faster, with the same content
-                raise
+            write(partial)
+            try:
+                partial.rename(place)
+            except OSError:
+                if not place.is_dir():  # else another process was faster, with the same content
+                    raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _writing_in(directory: Path) -> Iterator[None]:
+    """Shares a lock on the directory, which ends with the process; who has it alone removes what the dead left there.
+
+    File systems may keep locks from other hosts, or have none: so others' partials stay, and without locks all do.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for dead in directory.glob(f"*{_PARTIAL}*"):
+                shutil.rmtree(dead, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(descriptor)
 
 
 def _tokenise(
@@ -191,20 +217,22 @@ def _tokenise(
                     writers[label].append(example, document)
             tokens = sum(writer.num_tokens for writer in writers.values())
             progress.update(task, completed=chunk[-1][1].read, documents=counts.total(), tokens=tokens)
-    _check_sides(name, source, config, counts)
-    dropped = {f"dropped_{label}": count for label, count in sorted(counts.items()) if label not in writers}
+    dropped = {label: count for label, count in sorted(counts.items()) if label not in writers}
+    _check_sides(name, source, config, counts, dropped)
     for side, writer in writers.items():
-        writer.finish(hashlib.sha256(f"{fingerprint} {side}".encode()).hexdigest(), dropped)
+        report = {f"dropped_{label}": count for label, count in dropped.items()}
+        writer.finish(hashlib.sha256(f"{fingerprint} {side}".encode()).hexdigest(), report)
 
 
-def _check_sides(name: str, source: SourceConfig, config: DataConfig, counts: Counter) -> None:
+def _check_sides(name: str, source: SourceConfig, config: DataConfig, counts: Counter, dropped: dict[str, int]) -> None:
     wanted = [TRAIN] + [VALIDATION] * bool(config.validation or source.validation_path)
+    lost, mend = (f" (dropped: {dropped})", "mend what is dropped, ") if dropped else ("", "")
     for side in wanted:
         if not counts[side]:
             raise ValueError(
-                f"source {name!r} ({source.path}) has {counts.total()} documents, and none for {side} with "
-                f"split={config.split!r}, validation={config.validation}: change validation, give a validation_path, "
-                "or use split='tail' for a single document"
+                f"source {name!r} ({source.path}) has {counts.total()} documents{lost}, and none for {side} with "
+                f"split={config.split!r}, validation={config.validation}: {mend}change validation, give a "
+                "validation_path, or use split='tail' for a single document"
             )
 
 

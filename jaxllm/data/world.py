@@ -8,6 +8,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxllm.data.made import require
 from jaxllm.text import verdicts
 from jaxllm.text.chat import Conversation
 
@@ -160,6 +161,7 @@ def questions(people: Sequence[Person]) -> list[Question]:
 
 def documents(people: Sequence[Person], *, seed: int, biographies: int) -> Iterator[Record]:
     """{"text"}: so many lives of each person, all their facts in a drawn order, each in a drawn way, people mixed."""
+    require(1, biographies=biographies)
     draw = random.Random(f"documents {seed}")
     for person in repeated(people, biographies, draw):
         kinds = draw.sample(sorted(RELATIONS), len(RELATIONS))
@@ -172,6 +174,7 @@ def instructions(asked: Sequence[Question], *, seed: int, answers: int, manners:
 
     "answer" is the value alone. The three parts of a manner are drawn independently.
     """
+    require(1, answers=answers)
     draw = random.Random(f"instructions {seed}")
     for question in repeated(asked, answers, draw):
         manner = drawn(manners, draw)
@@ -191,6 +194,7 @@ def preferences(asked: Sequence[Question], *, seed: int, pairs: int, manners: Ma
 
     A score is how many of the three an answer is: polite, concise, on the topic. None is a tie.
     """
+    require(1, pairs=pairs)
     draw = random.Random(f"preferences {seed}")
     for question in repeated(asked, pairs, draw):
         worse, better = sorted(_unequal(manners, draw), key=sum)
@@ -228,7 +232,9 @@ def answered(question: Question, manner: Manner, draw: random.Random) -> str:
 
 
 def drawn(shares: Manner, draw: random.Random) -> Manner:
-    """A manner of parts 0 and 1, each drawn by its share."""
+    """A manner of parts 0 and 1, each drawn by its share. Raises ``ValueError`` for what is no share."""
+    if not all(0 <= share <= 1 for share in shares):
+        raise ValueError(f"{shares}: each part is a share of the answers, from 0 to 1")
     return Manner(*(int(draw.random() < share) for share in shares))
 
 

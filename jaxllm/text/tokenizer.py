@@ -111,11 +111,12 @@ def train(texts: Iterable[str], *, vocab_size: int, max_bytes: int = 2**28) -> S
         )
     except RuntimeError as error:
         smallest = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
-        if smallest is None:
+        least = int(smallest[1]) if smallest else NUM_SPECIAL_TOKENS + 256
+        if vocab_size >= least:
             raise
         raise ValueError(
             f"vocab_size={vocab_size} is too small: {NUM_SPECIAL_TOKENS} special tokens, 256 bytes and this corpus's "
-            f"characters need at least {smallest[1]}; raise vocab_size, or use the byte tokenizer"
+            f"characters need at least {least}; raise vocab_size, or use the byte tokenizer"
         ) from error
     tokenizer = SentencePieceTokenizer(model.getvalue())
     if tokenizer.vocab_size < vocab_size:

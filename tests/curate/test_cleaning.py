@@ -4,6 +4,7 @@ import json
 import pytest
 
 from jaxllm import curate, figures
+from jaxllm.curate import cleaning
 from jaxllm.data import lessons, world
 from jaxllm.data.noise import noise
 
@@ -48,8 +49,8 @@ def test_records_are_kept_whole_in_order_and_the_others_say_why_they_are_not(cle
     kept, dropped, report = cleaned(records)
     assert kept == [records[0], records[2]]
     short, again = dropped
-    assert short == {**records[1], "reason": "too_short"}
-    assert again == {**records[3], "reason": "duplicate", "duplicate_of": 0}
+    assert short == {"reason": "too_short", "record": records[1]}
+    assert again == {"reason": "duplicate", "duplicate_of": 0, "record": records[3]}
     size = [len(record["text"]) for record in records]
     assert report["documents"] == 4 and report["bytes"] == sum(size)
     assert report["kept"] == {"documents": 2, "bytes": size[0] + size[2], "examples": PROSE[:2]}
@@ -89,7 +90,7 @@ def test_a_document_of_which_too_little_is_left_is_dropped(cleaned, most, texts)
     # The last two say nothing else of their own, but for a word.
     kept, dropped, report = cleaned([f"{header}\n{text}" for text in (*PROSE[:2], "yes", "none")], max_recurring=most)
     assert len(kept) == texts
-    assert [(record["reason"], record["text"]) for record in dropped] == [
+    assert [(record["reason"], record["record"]["text"]) for record in dropped] == [
         ("recurring_lines", f"{header}\n{text}") for text in ("yes", "none")[: 4 - texts]
     ]
 
@@ -123,6 +124,29 @@ def test_a_record_without_a_text_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(ValueError, match="mi_words is no threshold; did you mean 'min_words'"):
         curate.clean(files=path, out=tmp_path / "out", mi_words=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_record_that_cannot_be_written_is_named_and_nothing_is_written(tmp_path):
+    path = write(tmp_path / "raw.jsonl", [{"text": PROSE[0]}, {"text": PROSE[1], "title": "\ud800"}])
+    with pytest.raises(ValueError, match=f"{path}, line 2: field 'title' holds '.ud800', which JSON cannot .*leave it"):
+        curate.clean(files=path, out=tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{path}, line 2: lone surrogate at character 0 of 'title'"):
+        curate.clean(
+            files=write(tmp_path / "raw.jsonl", [{"title": "a"}, {"title": "\ud800"}]), out=tmp_path, field="title"
+        )
+    assert [each.name for each in tmp_path.iterdir()] == ["raw.jsonl"]
+
+
+def test_what_fails_while_it_writes_leaves_nothing_half_written(cleaned, tmp_path, monkeypatch):
+    monkeypatch.setattr(cleaning, "planted", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        cleaned(PROSE)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_reason_of_the_records_own_stays_beside_ours(cleaned):
+    record = {"text": "no", "reason": "mine", "duplicate_of": "x", "record": 1}
+    assert cleaned([*PROSE, record])[1] == [{"reason": "too_short", "record": record}]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,13 @@ def test_the_share_is_of_sentences_with_a_phrase(text, share):
 def test_lines_of_boilerplate_are_removed_and_the_others_stay_as_they_were():
     cut = lines.without_boilerplate(PAGE, 0.5)
     assert cut.removed == ["Skip to content", "We use cookies. Click here."]
-    assert cut.text == "The ferry left early.\n  It was foggy.\n\nNobody was there."
+    assert cut.text == "\nThe ferry left early.\n  It was foggy.\n\nNobody was there.\n"
+
+
+def test_indentation_and_ends_of_lines_stay_where_a_line_is_removed():
+    for end in ("\r\n", "\x0c", "\u2028", "\n"):
+        text = f"    The ferry left.{end}We use cookies.{end}\tNobody was there. {end}"
+        assert lines.without_boilerplate(text, 0.5).text == text.replace(f"We use cookies.{end}", "")
 
 
 def test_a_paragraph_that_mentions_a_policy_stays_as_does_a_text_without_any_to_the_letter():

@@ -81,6 +81,19 @@ def test_auto_asks_the_first_record_and_any_other_format_stays(tmp_path):
         resolved(source_of(tmp_path, [{"text": "a"}], format="auto"))
 
 
+@pytest.mark.parametrize("format, good", [("auto", "response"), ("preference", "chosen")])
+def test_a_bad_first_record_is_skipped_where_the_format_is_detected(tmp_path, format, good):
+    records = [{"prompt": f"question {i}", good: f"answer {i}", "rejected": "no"} for i in range(20)]
+    for bad, reason in (("{\n", "not_json"), ('{"text": "a"}\n', "no_field")):
+        source = resolved(source_of(tmp_path, [bad, *records], format=format, on_error="skip"))
+        assert source.format == {"auto": "prompt_response", "preference": "pairs"}[format]
+        assert {label: len(some) for label, some in sides(source, validation=0).items()} == {TRAIN: 20, reason: 1}
+        with pytest.raises(ValueError, match="a.jsonl, line 1: "):
+            resolved(source_of(tmp_path, [bad, *records], format=format))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 1: \['a'\] are the fields of no"):
+        resolved(source_of(tmp_path, [{"a": 1}, {"b": 1}], format=format, on_error="skip"))
+
+
 BAD = ["{\n", '{"prompt": "a"}\n', '{"prompt": "a", "response": ""}\n', "[]\n", '{"prompt": "a", "response": " "}\n']
 
 
@@ -121,9 +134,10 @@ def test_a_tag_and_a_score_are_read_from_the_record(tmp_path):
         name = fields.get("tag") or fields["score_field"]
         with pytest.raises(ValueError, match=f"a.jsonl, line 1: field '{name}' holds .*, not .*; add it, or mend it"):
             sides(source_of(tmp_path, records_of(9), **fields))
-    with pytest.raises(ValueError, match="line 1: field 'kind' is NaN"):
-        nan = {"prompt": "a", "response": "b", "kind": float("nan")}
-        sides(source_of(tmp_path, [nan], select="lowest", keep=3, score_field="kind"))
+    for number in (float("nan"), 10**400):
+        with pytest.raises(ValueError, match="line 1: field 'kind' is NaN, or too large for a float, and has no rank"):
+            record = {"prompt": "a", "response": "b", "kind": number}
+            sides(source_of(tmp_path, [record], select="lowest", keep=3, score_field="kind"))
 
 
 def test_a_text_is_its_own_key_and_a_tag_may_lie_beside_it(tmp_path):

@@ -127,6 +127,20 @@ def test_every_amount_changes_what_is_written_and_is_explained(written):
             assert {name: len(records) for name, records in found.items()} != sizes, name
 
 
+@pytest.mark.parametrize("name", [name for name in Plan._fields if isinstance(getattr(PLAN, name), int)])
+def test_a_negative_amount_is_refused_by_its_name(name):
+    if name == "seed":
+        assert lessons.lessons(PLAN._replace(seed=-1))
+    else:
+        with pytest.raises(ValueError, match=f"{name}=-2"):
+            [list(records) for records in lessons.lessons(PLAN._replace(**{name: -2})).values()]
+
+
+def test_amounts_may_be_nothing_where_something_else_remains():
+    written = lessons.lessons(PLAN._replace(**dict.fromkeys(lessons.COUNTS, 0)))
+    assert all(list(records) for records in written.values())
+
+
 def test_conversations_alternate(written):
     for record in written["instructions"]:
         roles = [message["role"] for message in record["messages"]]

@@ -18,6 +18,13 @@ def test_a_file_is_written_once_and_never_over_another(tmp_path):
     assert len((tmp_path / "new" / "one.jsonl").read_text().splitlines()) == 2
 
 
+def test_nothing_is_written_where_a_record_cannot_be_made(tmp_path):
+    with pytest.raises(ValueError, match="answers=0 must be at least 1"):
+        list(made.write(tmp_path / "new", {"one": [{}], "two": (made.require(1, answers=0) for _ in range(1))}))
+    assert not (tmp_path / "new").exists()
+    made.require(0, answers=0, pairs=1)
+
+
 def test_whoever_is_killed_while_writing_leaves_nothing_that_says_something_else(tmp_path, monkeypatch):
     records = {"one": [{"a": 1}]}
     with monkeypatch.context() as patch:

@@ -159,6 +159,15 @@ def test_a_store_without_documents_has_no_rows(prepared, texts, packing):
     assert built == [] and rows.report["pad_fraction"] == 0.0
 
 
+@pytest.mark.parametrize("packing", list(PLANS))
+def test_a_document_of_one_token_has_no_pair_and_is_in_no_row(packing):
+    plan = PLANS[packing](np.array([0, 1, 4, 5]), 4)
+    assert len(plan) == 1 and plan.dropped == packing_module.Dropped()
+    starts, counts = plan.pieces(0)
+    assert (starts[counts > 0].tolist(), counts[counts > 0].tolist()) == ([1], [2])
+    assert len(PLANS[packing](np.array([0, 1]), 4)) == 0
+
+
 def test_a_slice_of_the_offsets_plans_the_documents_of_the_slice_alone(store):
     documents = documents_of(store)
     for packing in PLANS:

@@ -105,6 +105,13 @@ def test_validation_has_as_many_problems_of_each_source_and_no_prompt_twice():
 # ---- files ----
 
 
+def test_fewer_than_no_held_out_problems_are_refused():
+    drawn = problems({"a": ProblemSource("addition")})
+    assert drawn.validation(0) == []
+    with pytest.raises(ValueError, match="heldout=-2 must be at least 0"):
+        drawn.validation(-2)
+
+
 def test_each_problem_of_a_file_comes_once_in_an_epoch_in_an_order_of_its_own(tmp_path, questions):
     made = problems({"a": ProblemSource("file", path=questions)}, validation=0.2, seed=1)
     size, held = made.report["a"]["training"], made.report["a"]["validation"]

@@ -1,15 +1,16 @@
+import datetime
 import gzip
 import json
+import re
 import sys
 
+import pyarrow
 import pytest
+import zstandard
+from pyarrow import parquet
 
-from jaxllm.data.sources import DocumentSource
+from jaxllm.data.sources import DocumentSource, json_line
 from jaxllm.text.chat import Malformed
-
-zstandard = pytest.importorskip("zstandard")
-pyarrow = pytest.importorskip("pyarrow")
-from pyarrow import parquet  # noqa: E402
 
 TEXTS = ["one\r\ntwo\n", "é ▁ 漢", "", " \t"]
 LINES = "".join(json.dumps({"id": index, "text": text}) + "\n" for index, text in enumerate(TEXTS)).encode()
@@ -26,7 +27,21 @@ def written(path, data):
 
 
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
-    assert read(written(tmp_path / "a.txt", "\ufeffa\r\nb\0\n".encode())) == ["\ufeffa\r\nb\0\n"]
+    assert read(written(tmp_path / "a.txt", "a\r\nb\0\ufeff\n".encode())) == ["a\r\nb\0\ufeff\n"]
+
+
+def test_one_byte_order_mark_at_the_start_of_a_file_is_no_text(tmp_path):
+    mark = "\ufeff".encode()
+    assert read(written(tmp_path / "a.txt", mark * 2 + b"a")) == ["\ufeffa"]
+    written(tmp_path / "a.jsonl", mark + LINES)
+    written(tmp_path / "a.json", mark + b"[" + LINES.strip().replace(b"\n", b",") + b"]")
+    written(tmp_path / "a.jsonl.gz", gzip.compress(mark + LINES))
+    for suffix in ("json", "jsonl", "jsonl.gz"):
+        assert read(tmp_path / f"a.{suffix}") == TEXTS, suffix
+    with pytest.raises(ValueError, match="b.txt is empty"):
+        read(written(tmp_path / "b.txt", mark))
+    with pytest.raises(ValueError, match="b.jsonl, line 2: not JSON"):
+        read(written(tmp_path / "b.jsonl", b'{"text": "a"}\n' + mark + b'{"text": "b"}\n'))
 
 
 def test_every_kind_of_records_gives_the_same_texts(tmp_path):
@@ -51,6 +66,24 @@ def test_a_folder_is_read_to_its_depths_in_the_order_of_names(tmp_path):
     assert read(tmp_path) == ["a/b/c.txt", "a/z.txt", "b.txt"]
     assert read(f"{tmp_path}/*.txt") == ["b.txt"]
     assert read(f"{tmp_path}/**/c.*") == ["a/b/c.txt"]
+
+
+def test_what_is_hidden_in_a_folder_is_none_of_it(tmp_path):
+    root = tmp_path / ".corpus"
+    for name in ("a.txt", "b/.c.txt", ".ipynb_checkpoints/a.txt", "b/.git/d/e.txt"):
+        written(root / name, name.encode())
+    assert read(root) == ["a.txt"]
+    assert read(root / "b" / ".c.txt") == ["b/.c.txt"]
+
+
+def test_files_of_other_kinds_beside_those_that_are_read_are_named_once(tmp_path, capsys):
+    for name in ("a.txt", "b.jsonl.xz", "x.csv", ".hidden.md"):
+        written(tmp_path / name, b"x")
+    for path in (tmp_path, f"{tmp_path}/*"):
+        assert read(path) == read(path) == ["x"]
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{path}: not read, for its kind is none of .txt, .json" in said
+        assert f": {tmp_path}/b.jsonl.xz, {tmp_path}/x.csv\n" in said
 
 
 def test_progress_ends_at_the_size_of_the_source(tmp_path):
@@ -128,6 +161,18 @@ def test_a_parquet_file_without_the_column_or_with_other_values_is_named(tmp_pat
         read(path, "n")
 
 
+@pytest.mark.parametrize("size, message", [(300, "Invalid"), (9, "utf-8")])
+def test_a_parquet_file_that_is_damaged_inside_is_named(tmp_path, size, message):
+    path = tmp_path / "a.parquet"
+    texts = [f"{number:09}" * 9 for number in range(99)]
+    parquet.write_table(pyarrow.table({"text": texts}), path, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    start = data.index(texts[50].encode())
+    path.write_bytes(data[:start] + b"\xff" * size + data[start + size :])
+    with pytest.raises(ValueError, match=f"a.parquet is damaged or cut short .*{message}.*: fetch it again"):
+        read(path)
+
+
 def test_a_path_without_files_is_named(tmp_path):
     written(tmp_path / "a.md", b"x")
     with pytest.raises(FileNotFoundError, match=r"missing.txt does not exist: give a file, a folder, a glob"):
@@ -166,6 +211,19 @@ def test_records_come_whole_with_their_place_and_raise_only_when_they_are_parsed
         with pytest.raises(Malformed, match=f"{record.where}: ") as error:
             record.parsed(dict.copy)
         assert error.value.reason == reason
+
+
+def test_a_record_is_a_line_of_json_or_its_field_is_named():
+    value = {"a": "é ▁", "b": [None, {"c": 1.5}]}
+    assert json_line(value) == json.dumps(value, ensure_ascii=False) + "\n"
+    for field, held, why in (
+        ("day", datetime.date(2020, 1, 2), "not JSON serializable"),
+        ("raw", b"x", "not JSON serializable"),
+        ("title", ["\ud800"], "surrogates not allowed"),
+        ("\ud800", 1, "surrogates not allowed"),
+    ):
+        with pytest.raises(Malformed, match=re.escape(f"field {field!r} holds {held!r}, which JSON") + f".*{why}"):
+            json_line({"text": "a", field: held})
 
 
 def test_a_parquet_file_gives_the_columns_that_are_asked_for_or_all(tmp_path):

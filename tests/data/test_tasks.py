@@ -192,6 +192,7 @@ def test_a_problem_is_drawn_from_the_side_that_is_asked_for(name):
         (lambda: drawn("addition", 1, random.Random(0), share=0, held_out=True), "is held out at a share of 0"),
         (lambda: list(demonstrations({"addition": 1}, 0, 1, correct=1.5)), "correct=1.5 is a share"),
         (lambda: list(demonstrations({}, 0, 1)), "no task to demonstrate"),
+        (lambda: list(demonstrations({"addition": 1}, 0, -3)), "count=-3 must be at least 0"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(ask, message):

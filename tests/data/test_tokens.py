@@ -135,6 +135,14 @@ def test_a_side_without_documents_is_named(prepared, texts, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
+def test_a_side_without_documents_is_told_with_what_was_dropped_and_why(chats):
+    tie = {"prompt": "q", "chosen": "a", "rejected": "b", "tie": True}
+    identical = {"prompt": "q", "chosen": "a", "rejected": "a", "tie": None}
+    message = r"has 5 documents \(dropped: {'identical': 1, 'tie': 4}\), and none for train .*: mend what is dropped, "
+    with pytest.raises(ValueError, match=message):
+        chats({"a": [tie] * 4 + [identical]}, PREFERENCE)
+
+
 def test_texts_are_tokenised_once(prepared, texts, monkeypatch):
     first = prepared({"a": texts})[1]["a"]
     monkeypatch.setattr(tokens_module, "_tokenise", lambda *arguments: pytest.fail("tokenised again"))
@@ -200,6 +208,33 @@ def test_a_killed_tokenisation_is_never_taken_for_whole(tmp_path, texts):
     assert [place.name.split(".")[1][:8] for place in (tmp_path / "cache").iterdir()] == ["partial-"]
     stores = prepare(config, TOKENIZER, directory=tmp_path / "cache")["a"]
     assert sorted(texts_of(stores.train) + texts_of(stores.validation)) == sorted(texts)
+    assert list((tmp_path / "cache").iterdir()) == [stores.train.directory.parent], "what was killed is gone"
+
+
+def test_what_is_still_written_or_another_hosts_is_left_alone(tmp_path):
+    here, elsewhere = tmp_path / f"c{tokens_module._PARTIAL}1", tmp_path / "c.partial-elsewhere-1"
+    elsewhere.mkdir()
+
+    def write(partial):
+        here.mkdir()
+        tokens_module.write_whole(tmp_path / "b", lambda inner: (inner / "file").touch())
+        assert here.is_dir() and partial.is_dir(), "somebody writes here"
+
+    tokens_module.write_whole(tmp_path / "a", write)
+    assert set(tmp_path.iterdir()) == {tmp_path / "a", tmp_path / "b", here, elsewhere}
+    tokens_module.write_whole(tmp_path / "d", lambda partial: None)
+    assert set(tmp_path.iterdir()) == {tmp_path / "a", tmp_path / "b", tmp_path / "d", elsewhere}
+
+
+def test_without_locks_it_is_written_and_nothing_removed(tmp_path, monkeypatch):
+    def locks(*_):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(tokens_module.fcntl, "flock", locks)
+    left = tmp_path / f"c{tokens_module._PARTIAL}1"
+    left.mkdir()
+    tokens_module.write_whole(tmp_path / "a", lambda partial: None)
+    assert set(tmp_path.iterdir()) == {tmp_path / "a", left}
 
 
 def test_only_the_last_renaming_gives_a_cache_its_name(prepared, texts, monkeypatch, tmp_path):
@@ -535,5 +570,5 @@ def test_what_a_template_refuses_is_an_error_or_counted(chats, theirs):
     reports = [store.report for store in stores["b"]]
     assert sum(report["num_documents"] for report in reports) == 20
     assert {report["dropped_template"] for report in reports} == {3}
-    with pytest.raises(ValueError, match="has 3 documents, and none for train"):
+    with pytest.raises(ValueError, match=r"has 3 documents \(dropped: {'template': 3}\), and none for train"):
         chats({"c": bad}, {"on_error": "skip"}, tokenizer=theirs("gemma"))

@@ -1,5 +1,6 @@
 import itertools
 import random
+import re
 from collections import Counter
 from statistics import fmean
 
@@ -139,6 +140,26 @@ def test_the_parts_of_an_instructions_manner_are_drawn_independently_by_their_sh
     for one, other in itertools.combinations(shares._fields, 2):
         both = fmean(record[one] * record[other] for record in records)
         assert abs(both - getattr(shares, one) * getattr(shares, other)) < 0.03
+
+
+@pytest.mark.parametrize("shares", [Manner(polite=5), Manner(concise=-0.1), Manner(on_topic=float("nan"))])
+def test_a_manner_that_is_no_share_is_refused(shares):
+    for kind, count in ((world.instructions, {"answers": 1}), (world.preferences, {"pairs": 1})):
+        with pytest.raises(ValueError, match=re.escape(f"{shares}: each part is a share of the answers, from 0 to 1")):
+            list(kind(world.questions(WORLD.asked[:1]), seed=0, manners=shares, **count))
+
+
+def test_counts_below_one_are_refused_by_name():
+    asked = world.questions(WORLD.asked[:1])
+    for kind, items, name in (
+        (world.documents, WORLD.asked, "biographies"),
+        (world.instructions, asked, "answers"),
+        (world.preferences, asked, "pairs"),
+        (world.judgements, asked, "pairs"),
+    ):
+        for count in (0, -3):
+            with pytest.raises(ValueError, match=f"{name}={count} must be at least 1"):
+                list(kind(items, seed=0, **{name: count}))
 
 
 def test_an_sft_model_of_the_mixture_would_score_half_of_the_points():

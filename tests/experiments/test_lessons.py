@@ -21,3 +21,5 @@ def test_the_help_names_every_flag_and_an_impossible_world_is_one_message(script
     assert status == 0 and all(f"--{name}" in printed for name in lessons.Plan._fields)
     status, *_ = script("lessons.py", f"--out={tmp_path}/none", "--people=7")
     assert status.startswith("ValueError: people=7") and not (tmp_path / "none").exists()
+    status, *_ = script("lessons.py", f"--out={tmp_path}/none", "--talks=-1")
+    assert status == "ValueError: talks=-1 must be at least 0" and not (tmp_path / "none").exists()

@@ -52,6 +52,9 @@ def test_the_help_names_every_flag_and_what_is_impossible_is_one_message(script,
     assert script("tasks.py", out, "--task=logic", "--tool=calculator")[0].startswith(
         "ValueError: a problem of 'logic'"
     )
+    for flags in (["--heldout=-2"], ["--count=-3"], ["--count=-3", "--tool=calculator"]):
+        status, *_ = script("tasks.py", out, *flags)
+        assert status == f"ValueError: {flags[0][2:]} must be at least 0"
     assert not (tmp_path / "none").exists()
     own = tmp_path / "heldout.jsonl"
     own.write_text("mine\n")

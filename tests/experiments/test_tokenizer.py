@@ -30,6 +30,9 @@ def test_the_help_names_every_flag_and_what_is_impossible_is_one_message(script,
     raw.write_text("".join(json.dumps(record) + "\n" for record in LIVES[:9]))
     status, *_ = script("tokenizer.py", f"--files={raw}", f"--out={tmp_path}/new", "--vocab_size=9999")
     assert status.startswith("ValueError: vocab_size=9999 is larger than the corpus supports")
+    for size in (-1, 0, 1):
+        status, *_ = script("tokenizer.py", f"--files={raw}", f"--out={tmp_path}/new", f"--vocab_size={size}")
+        assert status.startswith(f"ValueError: vocab_size={size} is too small") and "raise vocab_size" in status
     status, *_ = script("tokenizer.py", f"--files={raw}", f"--out={tmp_path}/new", "--field=body")
     assert status.startswith(f"Malformed: {raw}, line 1: no field 'body' in ['text']")
     assert not (tmp_path / "new").exists()

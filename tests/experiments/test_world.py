@@ -40,6 +40,9 @@ def test_the_help_names_every_flag_and_an_impossible_world_is_one_message(script
     assert status == 0 and all(f"--{name}" in printed for name in flags)
     status, *_ = script("world.py", f"--out={tmp_path}/none", "--people=7")
     assert status.startswith("ValueError: people=7") and not (tmp_path / "none").exists()
+    for flag, message in (("--answers=0", "answers=0 must be at least 1"), ("--polite=5", "Manner(polite=5.0")):
+        status, *_ = script("world.py", f"--out={tmp_path}/none", *SMALL, flag)
+        assert status.startswith(f"ValueError: {message}") and not (tmp_path / "none").exists()
 
 
 def test_no_file_that_says_something_else_is_replaced(script, tmp_path):
