@@ -57,7 +57,7 @@ def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool 
         raise ValueError(f"{directory} is not empty and holds no config.json of a run; use another --workdir")
     directory.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        _write(path, values)
+        write_json(path, values)
     return directory
 
 
@@ -137,7 +137,7 @@ def config(directory: str | os.PathLike) -> dict:
 
 def write_evaluation(directory: str | os.PathLike, result: Mapping) -> None:
     """Writes ``evaluation.json``."""
-    _write(Path(directory) / "evaluation.json", result)
+    write_json(Path(directory) / "evaluation.json", result)
 
 
 def evaluation(directory: str | os.PathLike) -> dict:
@@ -163,13 +163,13 @@ def record(directory: Path, values: Mapping, data: Mapping) -> None:
     """
     if jax.process_index() > 0:
         return
-    _write(directory / "config.json", values)
+    write_json(directory / "config.json", values)
     path, now = directory / "environment.json", environment() | {"data": dict(data)}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     earlier = before.pop("earlier", [])
     if before and differences(before, json.loads(json.dumps(now))):
         earlier.append(before)
-    _write(path, now | {"earlier": earlier})
+    write_json(path, now | {"earlier": earlier})
 
 
 def environment() -> dict:
@@ -193,7 +193,8 @@ def _commit() -> str:
         return ""
 
 
-def _write(path: Path, content: Mapping) -> None:
+def write_json(path: Path, content: Mapping) -> None:
+    """A file of JSON, its keys sorted, that appears when it is whole."""
     beside = path.with_suffix(".tmp")
     beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(beside, path)

@@ -3,6 +3,9 @@
 import importlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,7 @@ def save(
     dtype: str = "",
     max_positions: int = 0,
 ) -> None:
-    """Writes the language model for others.
+    """Writes the language model for others; it appears when it is whole, and where that fails nothing is left.
 
     Args:
       path: the folder of ``format="hf"``, the file of "gguf". It may not exist, a folder may be empty.
@@ -88,16 +91,33 @@ def save(
     dtype = dtype or DTYPES[format][0 if format == "hf" else 2]
     if dtype not in DTYPES[format]:
         raise ValueError(f"dtype={dtype!r} must be one of {DTYPES[format]} where format={format!r}")
-    path = Path(path)
+    path = Path(path).resolve()
     if path.exists() and not (format == "hf" and path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists; remove it, or write elsewhere")
     how = dict(dtype=dtype, max_positions=max_positions)
-    if format == "gguf":
-        return _module("gguf").write(path, model.config, params, tokenizer, **how)
-    hf = _module("hf")
-    _module("families").write(model.config)  # before a file is made: it refuses what no family is
-    _module("tokenizers").write(path, tokenizer)
-    hf.write(path, model.config, params, tokenizer_facts=hf.tokenizer_facts(tokenizer), **how)
+    with beside(path) as place:
+        if format == "gguf":
+            return _module("gguf").write(place, model.config, params, tokenizer, **how)
+        hf = _module("hf")
+        _module("tokenizers").write(place, tokenizer)
+        hf.write(place, model.config, params, tokenizer_facts=hf.tokenizer_facts(tokenizer), **how)
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """Inside, a place for what shall be at ``path``, where an empty folder may be: it comes there when the block ends,
+    and is gone where the block fails.
+    """
+    scratch = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        if path.exists():
+            path.rmdir()  # first, so that a folder that cannot make way, a mount, is refused before the work
+        yield scratch / path.name
+        os.replace(scratch / path.name, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _module(name: str):

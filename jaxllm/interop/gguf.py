@@ -45,11 +45,6 @@ def source(path: str | os.PathLike) -> Source:
     return Source(Path(path), ARCHITECTURES[name], metadata, arrays)
 
 
-def read_config(path: str | os.PathLike) -> dict:
-    """The values of our ``model`` section that say which model it is; ``ValueError`` names what we do not have."""
-    return _values(source(path))
-
-
 def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer that the metadata describe, with its chat template. Raises as ``gguf_vocabulary.read`` does."""
     return gguf_vocabulary.read(source(path).metadata)

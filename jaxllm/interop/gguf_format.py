@@ -38,12 +38,12 @@ def header(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Entry]]:
     """(metadata, name -> where its array lies). A shape's last dimension is the one that lies together in the file.
 
     Of a model that is cut into several files any of them may be given. Raises ``ValueError`` for what is no GGUF file,
-    or was cut short, and for an array that is packed in an unknown way, with the array's name.
+    was cut short or is damaged, and for an array that is packed in an unknown way, with the array's name.
     """
     path = Path(path)
     metadata, found = _header(path)
-    count = metadata.get("split.count", 1)
-    if count == 1:
+    count = _number(path, metadata, "split.count", default=1, least=0)
+    if count < 2:  # 0 is said where several were joined again
         return metadata, found
     names = [f"{path.stem[: -len('00001-of-00001')]}{n:05d}-of-{count:05d}{path.suffix}" for n in range(1, count + 1)]
     if missing := [name for name in names if not path.with_name(name).is_file()]:
@@ -64,9 +64,15 @@ def _header(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         arrays, pairs = reader.number("Q"), reader.number("Q")
         metadata = {reader.string(): reader.value(reader.number("I")) for _ in range(pairs)}
         said = [(reader.string(), *reader.array()) for _ in range(arrays)]
-        alignment = metadata.get("general.alignment", ALIGNMENT)
-        start = -(-file.tell() // alignment) * alignment
+        start = _padded(file.tell(), _number(path, metadata, "general.alignment", default=ALIGNMENT, least=1))
     return metadata, {name: _entry(path, name, *each, start, size) for name, *each in said}
+
+
+def _number(path: Path, metadata: Mapping, key: str, *, default: int, least: int) -> int:
+    number = metadata.get(key, default)
+    if not isinstance(number, int) or number < least:
+        raise ValueError(f"{path} has {key}={number!r}, no whole number from {least} on; is it broken?")
+    return number
 
 
 class _Reader:
@@ -94,12 +100,17 @@ class _Reader:
             inner, count = self.number("I"), self.number("Q")
             if inner in (_STRING, _ARRAY):
                 return [self.value(inner) for _ in range(min(count, self.size))]
-            return list(struct.unpack(f"<{count}{_NUMBERS[inner]}", self.raw(count * struct.calcsize(_NUMBERS[inner]))))
-        if kind not in _NUMBERS:
-            raise ValueError(f"{self.path} has a value of the kind {kind}, which is not known; is it broken?")
-        number = self.number(_NUMBERS[kind])
+            raw = self.raw(count * struct.calcsize(form := self.form(inner)))
+            return list(struct.unpack(f"<{count}{form}", raw))
+        number = self.number(self.form(kind))
         # 1e-5 in float32 is 9.99999975e-06: what was meant is the shortest number that has these bits.
         return float(str(np.float32(number))) if kind == 6 else number
+
+    def form(self, kind: int) -> str:
+        """How a number of this kind is packed."""
+        if kind not in _NUMBERS:
+            raise ValueError(f"{self.path} has a value of the kind {kind}, which is not known; is it broken?")
+        return _NUMBERS[kind]
 
     def array(self) -> tuple[tuple[int, ...], int, int]:
         """(shape, kind, offset)."""
@@ -116,8 +127,8 @@ def _entry(path: Path, name: str, shape: tuple[int, ...], kind: int, offset: int
             f"{path}: {name} is packed as {spelled}; known are {READABLE}. Convert the file to one of them"
         )
     block, width = package.GGML_QUANT_SIZES[known[kind]]
-    if shape[-1] % block:
-        raise ValueError(f"{path}: {name} has rows of {shape[-1]}, no multiple of the blocks of {block} of {spelled}")
+    if not shape or shape[-1] % block:
+        raise ValueError(f"{path}: {name} has the shape {shape}, no rows of whole {spelled} blocks of {block}")
     entry = Entry(path, spelled, shape, start + offset, math.prod(shape) // block * width)
     if entry.begin + entry.bytes > size:
         raise ValueError(f"{path} was cut short: {name} ends at {entry.begin + entry.bytes}, the file at {size}")
@@ -212,8 +223,8 @@ def _blocks(package, name: str, array: np.ndarray, kind) -> Iterator[np.ndarray]
         yield package.quants.quantize(part, kind)
 
 
-def _padded(length: int) -> int:
-    return -(-length // ALIGNMENT) * ALIGNMENT
+def _padded(length: int, alignment: int = ALIGNMENT) -> int:
+    return -(-length // alignment) * alignment
 
 
 def _text(text: str) -> bytes:

@@ -123,6 +123,7 @@ def _by_scores(metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequen
     scores = metadata[f"{_KEY}scores"]
     vocabulary = _vocabulary(pieces, types)
     joined = {piece: scores[id] for piece, id in vocabulary.items() if types[id] in (NORMAL, USER_DEFINED)}
+    merges = tokenizers.merges(joined)
     unknown = next((pieces[id] for id, type in enumerate(types) if type == UNKNOWN), None)
     prefix = metadata.get(f"{_KEY}add_space_prefix", True)
     space = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE_MARK}
@@ -130,7 +131,7 @@ def _by_scores(metadata: Mapping[str, Any], pieces: Sequence[str], types: Sequen
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
     before = [{"type": "Prepend", "prepend": _SPACE_MARK}] if prefix else []
     return {
-        "model": _bpe(vocabulary, _merges(joined), unk_token=unknown, byte_fallback=BYTE in types, fuse_unk=True),
+        "model": _bpe(vocabulary, merges, unk_token=unknown, byte_fallback=BYTE in types, fuse_unk=True),
         "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
@@ -144,13 +145,6 @@ def _vocabulary(pieces: Sequence[str], types: Sequence[int]) -> dict[str, int]:
 
 
 _MODELS = {"gpt2": _byte_level, "llama": _by_scores}
-
-
-def _merges(scores: Mapping[str, float]) -> list[list[str]]:
-    """Every way to make a piece out of two, the best pieces first."""
-    ranked = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
-    cuts = ((piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece)))
-    return [[left, right] for left, right in cuts if left in scores and right in scores]
 
 
 def _bpe(vocabulary: Mapping[str, int], merges: list, **changed: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm import tree
+from jaxllm import tree, workdir
 from jaxllm.interop import families, placing, safetensors
 from jaxllm.interop.families import Family, Tensor
 from jaxllm.interop.placing import SHOWN, Progress, layered
@@ -33,14 +33,6 @@ NO_PARAMETERS = re.compile(r".*\.rotary_emb\.inv_freq|(model\.)?(vision_tower|mu
 TEXT_OF_PICTURES = re.compile(r"(model\.language_model|language_model\.model)\.")
 
 
-def read_config(folder: str | os.PathLike) -> dict:
-    """The values of our ``model`` section that say which model lies in the folder; how it is computed is not said.
-
-    Raises ``FileNotFoundError`` where there is no ``config.json``, ``ValueError`` that names what we do not have.
-    """
-    return families.read(_json(Path(folder) / "config.json"))[1]
-
-
 def read(
     folder: str | os.PathLike, *, shardings: Tree = None, progress: Progress | None = None, **computed: Any
 ) -> tuple[DecoderConfig, Tree]:
@@ -49,8 +41,8 @@ def read(
     Parameters lie as ``shardings`` say, a tree like theirs, or on the first device; each process reads what its own
     devices need. Beside them the host holds one tensor of the files at a time; a device that is not the host itself
     holds one of our stacked parameters twice while it is stacked. ``computed`` are the config's keys that say how a
-    model is computed; it is exact unless told. Raises as ``read_config`` does, and for a tensor that is missing, that
-    is not known, that has another shape.
+    model is computed; it is exact unless told. Raises ``FileNotFoundError`` where a file is missing, and ``ValueError``
+    that names what we do not have: a field, or a tensor that is missing, that is not known, that has another shape.
     """
     folder = Path(folder)
     family, values = families.read(_json(folder / "config.json"))
@@ -169,8 +161,8 @@ def write(
     kind = {"architectures": [family.architecture], "model_type": family.name}
     # Both spellings of the dtype, as of the rotary embedding: older versions know one, newer the other.
     kind |= {"dtype": dtype, "torch_dtype": dtype, "attention_dropout": 0.0}
-    _write_json(folder / "generation_config.json", facts)
-    _write_json(folder / "config.json", kind | sizes | fields | facts)
+    workdir.write_json(folder / "generation_config.json", facts)
+    workdir.write_json(folder / "config.json", kind | sizes | fields | facts)
 
 
 def _require_those_of(config: DecoderConfig, params: Tree) -> None:
@@ -215,7 +207,7 @@ def _write_weights(folder: Path, rows: list, dtype: str, shard_bytes: int) -> No
     if several:
         width = safetensors.DTYPES[safetensors.NAMES[dtype]].itemsize
         size = width * sum(math.prod(shape) for shape in shapes.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        workdir.write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
 
 
 def _narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
@@ -224,9 +216,3 @@ def _narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "float16" and np.isinf(narrow).any() and not np.isinf(array).any():
         raise ValueError(f"{name} has numbers up to {np.abs(array).max():.3g}, float16 up to 65504; use 'bfloat16'")
     return narrow
-
-
-def _write_json(path: Path, content: Mapping) -> None:
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(beside, path)

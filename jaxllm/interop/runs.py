@@ -6,7 +6,6 @@ It is made beside its place and renamed there last, so that half of one is never
 import dataclasses
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,18 +46,8 @@ def make(directory: str | os.PathLike, values: Mapping[str, Any], source: str | 
             return None
         raise ValueError(f"{directory} exists and holds something else than {source}; use another --workdir")
     computed = {key: values["model"][key] for key in COMPUTATION}
-    beside = directory.with_name(f".{directory.name}.importing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        imported = _fill(beside, values, source, gguf if found == "gguf" else hf, computed, {"imported": origin})
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
-    if directory.exists():
-        directory.rmdir()
-    os.replace(beside, directory)
-    return imported
+    with interop.beside(directory) as place:
+        return _fill(place, values, source, gguf if found == "gguf" else hf, computed, {"imported": origin})
 
 
 def _fill(directory: Path, values: Mapping, source: Path, format, computed: Mapping, data: Mapping) -> Imported:

@@ -6,10 +6,11 @@ and end in what follows) and the arrays' bytes. It is read and not mapped: mappe
 
 import json
 import math
+import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,8 +36,8 @@ class Entry(NamedTuple):
 def entries(path: str | os.PathLike) -> dict[str, Entry]:
     """Name -> where its array lies, of a whole file.
 
-    Raises ``ValueError`` for what is no such file or was cut short, and for a dtype that is none of F32, F16, BF16,
-    with the name of the file and of the array.
+    Raises ``ValueError`` for what is no such file, was cut short or is damaged, and for a dtype that is none of F32,
+    F16, BF16, with the name of the file and of the array.
     """
     path = Path(path)
     size = path.stat().st_size
@@ -45,25 +46,34 @@ def entries(path: str | os.PathLike) -> dict[str, Entry]:
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise ValueError(f"{path} is no safetensors file, or was cut short: its header would have {length} bytes")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise ValueError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
+            header = {**json.loads(file.read(length))}
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is no safetensors file: its header is not a JSON object ({error})") from None
     header.pop("__metadata__", None)
     return {name: _entry(path, name, said, 8 + length, size) for name, said in header.items()}
 
 
-def _entry(path: Path, name: str, said: Mapping, start: int, size: int) -> Entry:
-    if said["dtype"] not in DTYPES:
-        raise ValueError(f"{path}: {name} has the dtype {said['dtype']}; known are {sorted(DTYPES)}")
-    begin, end = (start + offset for offset in said["data_offsets"])
-    entry = Entry(path, said["dtype"], tuple(said["shape"]), begin)
+def _entry(path: Path, name: str, said: Any, start: int, size: int) -> Entry:
+    dtype, shape, (begin, end) = _said(path, name, said)
+    if dtype not in DTYPES:
+        raise ValueError(f"{path}: {name} has the dtype {dtype}; known are {sorted(DTYPES)}")
+    entry = Entry(path, dtype, shape, start + begin)
     if end - begin != entry.bytes:
-        raise ValueError(
-            f"{path}: {name} has {end - begin} bytes, not the {entry.bytes} of {said['dtype']} {entry.shape}"
-        )
-    if end > size:
-        raise ValueError(f"{path} was cut short: {name} ends at byte {end}, the file at {size}; fetch it again")
+        raise ValueError(f"{path}: {name} has {end - begin} bytes, not the {entry.bytes} of {dtype} {shape}")
+    if start + end > size:
+        raise ValueError(f"{path} was cut short: {name} ends at byte {start + end}, the file at {size}; fetch it again")
     return entry
+
+
+def _said(path: Path, name: str, said: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """(dtype, shape, offsets) of an array, as the header has them."""
+    try:
+        shape, offsets = (tuple(map(operator.index, said[key])) for key in ("shape", "data_offsets"))
+        if min(shape + offsets) < 0 or len(offsets) != 2:
+            raise ValueError(f"shape {shape}, offsets {offsets}")
+        return str(said["dtype"]), shape, offsets
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged in what its header says of {name} ({error!r}); fetch it again") from None
 
 
 def read(entry: Entry) -> np.ndarray:

@@ -5,6 +5,7 @@ There the spelling of a control token in a text becomes the token; here it never
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from jaxllm.text.special_tokens import (
 )
 from jaxllm.text.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 
-__all__ = ["definition", "read", "write"]
+__all__ = ["definition", "merges", "read", "template_of", "write"]
 
 # What an assistant's own text may hold is shown when special tokens are not.
 _SHOWN = (THINK, END_THINK, ANSWER, END_ANSWER)
@@ -90,11 +91,11 @@ def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
             scores[spelled] = processor.get_score(id)
         vocabulary[spelled] = id
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]}
-    model = _bpe(vocabulary, _merges(scores), byte_fallback=True)
+    model = _bpe(vocabulary, merges(scores), byte_fallback=True)
     return _values(model) | {"decoder": decoder}
 
 
-def _merges(scores: dict[str, float]) -> list[list[str]]:
+def merges(scores: Mapping[str, float]) -> list[list[str]]:
     """Every way to make a piece out of two, the best pieces first: a BPE of SentencePiece's joins what scores best."""
     ranked = sorted((piece for piece in scores if len(piece) > 1), key=lambda piece: -scores[piece])
     cuts = ((piece[:cut], piece[cut:]) for piece in ranked for cut in range(1, len(piece)))

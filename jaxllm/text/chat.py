@@ -178,7 +178,8 @@ def _turn(message: Mapping[str, Any], place: int) -> list[int | str]:
         raise Malformed("empty_answer", f"{where} (assistant) says nothing; give its answer, or leave it out")
     if not all(map(is_call, calls)):
         raise Malformed("malformed_call", f"{where}: a tool call is {{'name': text, 'arguments': object}}, not {calls}")
-    spelled = ([_TOOL_CALL_ID, _json(call, f"the call of {where}")] for call in calls)
+    ordered = ({"name": call["name"], "arguments": call["arguments"]} for call in calls)  # as JINJA has them
+    spelled = ([_TOOL_CALL_ID, _json(call, f"the call of {where}")] for call in ordered)
     return [_ASSISTANT_ID, *_spoken(content), *chain.from_iterable(spelled), END_ID]
 
 

@@ -1,6 +1,7 @@
 """Tokenizers of other people's models: a `tokenizer.json` of Hugging Face, read by the package `tokenizers`.
 
-Ids are those of transformers without special tokens added, except that no text ever becomes a control token.
+Ids are those of transformers without special tokens added, except that no text ever becomes a control token: one that
+has no other ids is refused.
 """
 
 import functools
@@ -8,6 +9,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -65,7 +67,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_ids = self._before_a_text()
         self.eos_id = added[eos]["id"]
         self.pad_id = added[pad]["id"] if pad else self.eos_id
-        unknown = self._values["model"].get("unk_token")
+        unknown = _unknown(self._values["model"])
         self._refused = np.array(sorted(self.special_ids - {id for id, name in specials.items() if name == unknown}))
         opening = bos or (specials[self.bos_ids[0]] if self.bos_ids else "")
         names = {"bos_token": opening, "eos_token": eos, "pad_token": pad, "unk_token": unknown}
@@ -119,20 +121,24 @@ class HuggingFaceTokenizer(Tokenizer):
     def _encoded(self, texts: Sequence[str], reader) -> list[np.ndarray]:
         for text in texts:
             utf8(text)
-        batch = reader.encode_batch(list(texts), add_special_tokens=False)
-        found = [np.array(encoding.ids, np.int32) for encoding in batch]
-        return [
-            self._apart(text, reader) if np.isin(ids, self._refused).any() else ids
-            for text, ids in zip(texts, found, strict=True)
-        ]
+        encoded = []
+        for text, found in zip(texts, reader.encode_batch(list(texts), add_special_tokens=False), strict=True):
+            ids = np.array(found.ids, np.int32)
+            refused = np.isin(ids, self._refused)
+            encoded.append(self._apart(text, [*compress(found.offsets, refused)], reader) if refused.any() else ids)
+        return encoded
 
-    def _apart(self, text: str, reader) -> np.ndarray:
-        """Ids of a text in which a control token would be found: it is cut behind the first sign of what spells one."""
-        cuts = [found.start() + 1 for found in self.special_pattern.finditer(text)]
-        parts = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-        first, rest = reader.encode(parts[0], add_special_tokens=False), parts[1:]
-        others = self._reader_within.encode_batch(rest, add_special_tokens=False)
-        return np.concatenate([np.array(encoding.ids, np.int32) for encoding in (first, *others)])
+    def _apart(self, text: str, spans: Sequence[tuple[int, int]], reader) -> np.ndarray:
+        """Ids of a text in which the reader finds control tokens in these places: it is cut behind their first sign."""
+        for start, stop in spans:
+            if stop - start < 2:
+                raise ValueError(
+                    f"{text[start:stop]!r} at position {start} of a text is a control token of this tokenizer, which "
+                    "has no other ids for it: take it out of the text, or do not name it as eos, pad or stop"
+                )
+        cuts = [start + 1 for start, _ in spans]
+        first, *rest = (text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True))
+        return np.concatenate([*self._encoded([first], reader), *self._encoded(rest, self._reader_within)])
 
     @functools.cached_property
     def _reader_behind_control(self):
@@ -224,6 +230,12 @@ def _vocabulary(model: Mapping[str, Any]) -> dict[str, int]:
     """Ids by spelling, of a BPE or a unigram model."""
     vocabulary = model["vocab"]
     return vocabulary if isinstance(vocabulary, dict) else {piece: id for id, (piece, _) in enumerate(vocabulary)}
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    """The token that stands for signs without ids, which texts may become: a unigram model names it by its id."""
+    place = model.get("unk_id")
+    return model.get("unk_token") if place is None else model["vocab"][place][0]
 
 
 def _table(values: Mapping[str, Any]) -> list[bytes]:

@@ -249,13 +249,13 @@ def test_a_key_that_is_missing_is_named(tmp_path):
     arrays = {architectures.EMBEDDING: gguf_format.Planned((48, 32), "F32")}
     gguf_format.write(tmp_path / "x.gguf", {"general.architecture": "llama"}, arrays, [np.zeros((48, 32), np.float32)])
     with pytest.raises(ValueError, match=r"metadata of this 'llama' lack \['llama\.block_count', "):
-        gguf.read_config(tmp_path / "x.gguf")
+        gguf.read(tmp_path / "x.gguf")
 
 
 def test_an_unknown_architecture_is_named(tmp_path):
     gguf_format.write(tmp_path / "x.gguf", {"general.architecture": "mamba"}, {}, [])
     with pytest.raises(ValueError, match=r"general\.architecture='mamba'; known are .*'gemma2'"):
-        gguf.read_config(tmp_path / "x.gguf")
+        gguf.read(tmp_path / "x.gguf")
 
 
 def test_factors_of_rope_that_are_not_llama_3s_are_refused(tmp_path):

@@ -166,12 +166,35 @@ def test_a_file_cut_short_anywhere_is_refused(theirs):
         (b"GGUF" + struct.pack(">I", 3) + bytes(16), "little endian"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**60), "cut short, or is broken"),
         (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"a", 77) + bytes(99), "of the kind 77"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"a", 9, 77, 1) + bytes(99), "of the kind 77"),
+        (b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 1, 0, 1, b"a", 0, 0, 0) + bytes(99), r"a has the shape \(\), no rows"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"a", 1, 33, 8, 0) + bytes(99), r"a has the shape \(33,\)"),
     ],
 )
 def test_what_is_no_such_file_is_refused(tmp_path, content, message):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         gguf_format.header(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        ({"general.alignment": 0}, "x.gguf has general.alignment=0, no whole number from 1 on; is it broken"),
+        ({"general.alignment": "32"}, "x.gguf has general.alignment='32', no whole number"),
+        ({"split.count": "2"}, "x.gguf has split.count='2', no whole number from 0 on"),
+    ],
+)
+def test_numbers_that_say_where_things_lie_and_cannot_be_are_named(tmp_path, metadata, message):
+    gguf_format.write(tmp_path / "x.gguf", metadata, {}, [])
+    with pytest.raises(ValueError, match=message):
+        gguf_format.header(tmp_path / "x.gguf")
+
+
+def test_files_that_were_joined_again_are_one(tmp_path):
+    """llama.cpp's `gguf-split --merge` leaves the count of files in the metadata and makes it 0."""
+    gguf_format.write(tmp_path / "x.gguf", {"split.count": 0}, {"a": Planned((2,), "F32")}, [drawn(2)])
+    assert [*gguf_format.header(tmp_path / "x.gguf")[1]] == ["a"]
 
 
 def test_a_missing_package_is_named(theirs, monkeypatch):

@@ -86,6 +86,27 @@ def test_a_model_that_a_format_cannot_say_leaves_nothing(run, tmp_path, format):
     assert [*tmp_path.iterdir()] == []
 
 
+@pytest.mark.parametrize("format", interop.FORMATS)
+def test_a_save_that_fails_leaves_nothing_and_its_own_advice_works(run, tmp_path, format):
+    model, params, tokenizer = interop.load(run)
+    params["embedding"]["table"] = params["embedding"]["table"].at[0, 0].set(1e6)
+    with pytest.raises(ValueError, match=r"has numbers up to 1e\+06, float16 up to 65504; use"):
+        interop.save(tmp_path / "out", model, params, tokenizer, format=format, dtype="float16")
+    assert [*tmp_path.iterdir()] == []
+    interop.save(tmp_path / "out", model, params, tokenizer, format=format, dtype="bfloat16")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and interop.kind(tmp_path / "out") == format
+
+
+def test_an_empty_folder_is_filled_and_what_an_end_halfway_left_is_replaced(run, tmp_path):
+    for name in ("out", ".out.partial"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".out.partial" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    interop.save(tmp_path / "link", *interop.load(run), format="hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
+    assert interop.kind(tmp_path / "link") == "hf" and not (tmp_path / "out" / "old").exists()
+
+
 def test_what_holds_no_model_is_refused_with_the_mend(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no .*give a run directory, a Hugging Face folder or a GGUF"):
         interop.load(tmp_path / "nowhere")

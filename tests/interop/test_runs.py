@@ -93,7 +93,7 @@ def test_an_import_that_ends_halfway_leaves_no_run(source, values, tmp_path, mon
         runs.make(tmp_path / "run", values, source)
     assert [*tmp_path.iterdir()] == []
     # A harder end leaves its scratch folder, which is no run and is replaced.
-    (tmp_path / ".run.importing").mkdir()
-    (tmp_path / ".run.importing" / "config.json").write_text(json.dumps({"model": {}}))
+    (tmp_path / ".run.partial").mkdir()
+    (tmp_path / ".run.partial" / "config.json").write_text(json.dumps({"model": {}}))
     runs.make(tmp_path / "run", values, source)
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and workdir.load(tmp_path / "run")

@@ -74,15 +74,39 @@ def test_a_file_that_was_cut_short_is_refused_by_name_before_anything_is_read(tm
         ours.entries(path)
 
 
-def test_what_is_no_json_or_lies_about_its_bytes_is_refused(tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes((4).to_bytes(8, "little") + b"nope" + bytes(8))
-    with pytest.raises(ValueError, match="its header is not JSON"):
-        ours.entries(path)
-    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ValueError, match=r"a has 8 bytes, not the 12 of F32 \(3,\)"):
-        ours.entries(path)
+def headed(path, header: str):
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    return path
+
+
+@pytest.mark.parametrize("header", ["nope", "[1]", "[]", "7", "[" * 100_000], ids=lambda header: header[:9])
+def test_a_header_that_is_no_json_object_is_refused(tmp_path, header):
+    with pytest.raises(ValueError, match=r"x\.safetensors is no safetensors file: its header is not a JSON object \("):
+        ours.entries(headed(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ({"shape": [3]}, r"x\.safetensors: a has 8 bytes, not the 12 of F32 \(3,\)"),
+        ({"shape": [2.0]}, r"x\.safetensors is damaged in what its header says of a \(TypeError\(.*'float'"),
+        ({"shape": [-1, -2]}, r"says of a \(ValueError\('shape \(-1, -2\)"),
+        ({"shape": None}, r"says of a \(TypeError"),
+        ({"dtype": ["F32"]}, r"x\.safetensors: a has the dtype \['F32'\]; known are"),
+        ({"data_offsets": [-8, 0]}, r"says of a \(ValueError\(.*offsets \(-8, 0\)"),
+        ({"data_offsets": [0, 4, 8]}, r"says of a \(ValueError\(.*offsets \(0, 4, 8\)"),
+    ],
+)
+def test_what_a_header_says_wrongly_of_an_array_is_refused_with_its_name(tmp_path, said, message):
+    whole = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | said
+    with pytest.raises(ValueError, match=message):
+        ours.entries(headed(tmp_path / "x.safetensors", json.dumps({"a": whole})))
+
+
+@pytest.mark.parametrize("said", ["F32", {"dtype": "F32", "shape": [2]}, {"shape": [2], "data_offsets": [0, 8]}])
+def test_what_a_header_does_not_say_of_an_array_is_refused_with_its_name(tmp_path, said):
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged in what its header says of a \(.*fetch it again"):
+        ours.entries(headed(tmp_path / "x.safetensors", json.dumps({"a": said})))
 
 
 def test_an_unknown_dtype_is_named_with_its_array(tmp_path):

@@ -34,6 +34,7 @@ CONVERSATIONS = {
     "tools": Conversation(
         (user("Weather?"), assistant("Let me see", CALL, CALL), tool('{"sun": 1}'), assistant("Sunny")), TOOLS
     ),
+    "a call with its name last": Conversation((user("?"), assistant("", dict(reversed(CALL.items()))))),
     "a call alone": Conversation((user("Weather?"), assistant("", CALL)), TOOLS),
     "thought": Conversation((user("1+1?"), assistant("<think>\none, one</think><answer>2</answer>"))),
     "control tokens in texts": Conversation(
@@ -62,7 +63,8 @@ def spelled(conversation):
     for message in conversation.messages:
         said = message["content"]
         for call in message.get("tool_calls", ()):
-            said += "<|tool_call|>" + json.dumps(call, ensure_ascii=False)
+            ordered = {"name": call["name"], "arguments": call["arguments"]}
+            said += "<|tool_call|>" + json.dumps(ordered, ensure_ascii=False)
         whole += f"<|{message['role']}|>{said}<|end|>"
         if message["role"] == "assistant":
             learned.append(said + "<|end|>")

@@ -123,19 +123,48 @@ def test_a_named_token_controls_whatever_the_definition_says_of_it(golden):
     assert not set(ids) & tokenizer.special_ids and tokenizer.decode(ids) == "<tool_call>!"
 
 
-def test_a_control_token_that_the_model_itself_would_find_is_cut(golden):
-    """A unigram model has its control tokens among its pieces and takes the likeliest ones, whatever they are."""
-    pieces = [["<unk>", 0.0], ["</s>", 0.0], *([sign, -9.0] for sign in "</s>ab\u2581")]
-    model = {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}
-    added = [
-        entry for entry in golden("llama2")["files"]["tokenizer.json"]["added_tokens"] if entry["content"] != "<s>"
-    ]
-    added = [entry | {"id": place} for place, entry in enumerate(added)]
-    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
-    parts = dict(model=model, added_tokens=added, normalizer=None, pre_tokenizer=space, decoder=space)
-    tokenizer = HuggingFaceTokenizer(definition_of(golden, "llama2", post_processor=None, **parts), eos="</s>")
+@pytest.fixture
+def unigram(golden):
+    """A function: normaliser, facts -> a unigram tokenizer, which has its control tokens among its pieces and takes the
+    likeliest ones, whatever they are.
+    """
+
+    def unigram(normalizer=None, **facts):
+        pieces = [["<unk>", 0.0], ["</s>", 0.0], *([sign, -9.0] for sign in "</s>ab\u2581\U0001f600")]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}
+        added = golden("llama2")["files"]["tokenizer.json"]["added_tokens"]
+        added = [entry | {"id": id} for id, entry in enumerate(each for each in added if each["content"] != "<s>")]
+        space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
+        parts = dict(model=model, added_tokens=added, normalizer=normalizer, pre_tokenizer=space, decoder=space)
+        definition = definition_of(golden, "llama2", post_processor=None, **parts)
+        return HuggingFaceTokenizer(definition, eos="</s>", **facts)
+
+    return unigram
+
+
+def test_a_control_token_that_the_model_itself_would_find_is_cut(unigram):
+    tokenizer = unigram()
     assert tokenizer.decode(tokenizer.encode("a</s>b</s>")) == " a</s>b</s>"
     assert tokenizer.eos_id == 1 and 1 not in tokenizer.encode("a</s>b</s>")
+
+
+@pytest.mark.parametrize("kind, spelled", [("NFKC", "\uff1c/s\uff1e"), ("Lowercase", "</S>")])
+def test_a_control_token_that_only_the_normalised_text_spells_is_cut(unigram, kind, spelled):
+    tokenizer, text = unigram({"type": kind}), f"\U0001f600{spelled}b</s>"
+    assert tokenizer.encode(text) == tokenizer.encode("\U0001f600</s>b</s>")
+    assert not set(tokenizer.encode(text)) & tokenizer.special_ids
+    assert tokenizer.decode(tokenizer.encode(text)) == " \U0001f600</s>b</s>"
+
+
+def test_signs_that_a_unigram_model_has_not_are_its_unknown_token(unigram):
+    tokenizer = unigram()
+    assert tokenizer.encode("a\u4f60\u597db") == [*tokenizer.encode("a"), 0, *tokenizer.encode("ab")[2:]]
+    assert tokenizer.template_names["unk_token"] == "<unk>"
+
+
+def test_a_sign_that_has_no_ids_but_those_of_a_control_token_is_refused(unigram):
+    with pytest.raises(ValueError, match="'b' at position 1 of a text is a control token .* or do not name it as eos"):
+        unigram(stop=("b",)).encode("ab")
 
 
 def test_a_definition_that_cuts_or_fills_texts_does_neither_here(golden):
