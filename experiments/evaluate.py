@@ -42,8 +42,9 @@ def main():
     flag("--step", type=int, default=None, help="checkpoint to measure; the newest, unless told")
     args = parser.parse_args()
     if args.suite == "reward":
-        path = args.files[0] if args.files else ""
-        return reporting.reward([args.workdir, *args.ensemble], path=path, step=args.step)
+        if args.compare or args.count or len(args.files) > 1 or named_files(args.files).keys() - {""}:
+            raise ValueError("--suite=reward takes one --files=GLOB without a NAME=, and no --compare and no --count")
+        return reporting.reward([args.workdir, *args.ensemble], path="".join(args.files), step=args.step)
     sampling = dict(samples=args.samples, temperature=args.temperature, max_new_tokens=args.max_new_tokens)
     asking = Asking(**sampling, batch_size=args.batch_size, seed=args.seed, workers=args.workers)
     given = dict(field=args.field, form="chat" if args.chat else "text", count=args.count, asking=asking)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.experimental import multihost_utils
 
 from jaxllm import checkpoint, figures, hardware, metrics, sharding, tree, workdir
@@ -133,7 +134,7 @@ def compile_programs(config: RunConfig, stage: Stage, mesh) -> Programs:
         for name in stage.keys:
             named = jax.random.fold_in(key, zlib.crc32(name.encode()))
             batch[name] = jax.random.split(named, config.loop.micro_batches)
-        learning_rate = rate(state.step)
+        learning_rate = rate(find_state(optax.ScaleByScheduleState, state.opt_state).count)  # skipped updates have none
         filled = stage.filled(batch) if stage.filled else None
         loss = partial(stage.objective, **frozen)
         state, measured = update(state, batch, loss=loss, optimizer=chain, filled=filled)

@@ -249,6 +249,18 @@ def test_the_learning_rate_of_a_row_is_that_of_its_step(straight):
     assert written[3] == pytest.approx(1e-3 * 3 / 9) and written[12] == pytest.approx(1e-4)
 
 
+def test_the_learning_rate_of_a_row_is_the_one_that_was_used_whatever_was_skipped(values, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["jaxllm.train.optimizer"], "SPIKE_HISTORY", 2)
+    config = values(**still(optimizer__spike_deviations=1e-3, loop__steps=12, loop__log_every=1))
+    config["optimizer"] |= dict(learning_rate=1e-3, schedule="linear", final_fraction=0.0)
+    train(config, tmp_path / "run")
+    written = {row["step"]: row for row in rows(tmp_path / "run") if "loss" in row}
+    skipped = [0, *(written[step]["skipped"] for step in range(1, 13))]
+    assert 0 < skipped[11] < 11
+    for step in range(1, 13):
+        assert written[step]["learning_rate"] == pytest.approx(1e-3 * (1 - (step - skipped[step - 1]) / 12), abs=1e-9)
+
+
 @pytest.mark.slow
 def test_another_seed_is_another_run_and_the_same_seed_the_same(straight, values, tmp_path):
     for seed in (0, 1):

@@ -65,23 +65,10 @@ class TrainBatches:
 
 
 class ValidationBatches:
-    """Finite batches, the same at every iteration; see `validation_batches`.
+    """Finite batches, the same at every iteration; see `validation_batches`. reports: counts of each source's rows."""
 
-    num_bytes: UTF-8 bytes of what is supervised in the held-out documents, those that the packing drops included.
-    num_targets: targets under the masks of all processes. reports: counts of the rows of each source.
-    """
-
-    def __init__(
-        self,
-        batches: grain.MapDataset,
-        config: DataConfig,
-        *,
-        num_bytes: int,
-        num_targets: int,
-        reports: dict[str, dict],
-    ):
-        self._batches, self._config = batches, config
-        self.num_bytes, self.num_targets, self.reports = num_bytes, num_targets, reports
+    def __init__(self, batches: grain.MapDataset, config: DataConfig, reports: dict[str, dict]):
+        self._batches, self._config, self.reports = batches, config, reports
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -140,20 +127,14 @@ def validation_batches(
     """Every target of the held-out documents exactly once, but for what the packing of conversations drops.
 
     Texts lie in concatenated rows whatever the training rows are, conversations whole in rows like those of training.
-    Same arguments and shapes as `train_batches`. The last batch is filled with rows whose mask is False. Bits per byte
-    is the sum of all targets' nats / ln 2 / num_bytes.
+    Same arguments and shapes as `train_batches`. The last batch is filled with rows whose mask is False.
     """
     _check_divisible(batch_size, micro_batches, process_index, process_count)
     held_out = {name: store.validation for name, store in stores.items() if store.validation.num_documents}
     sources = {name: _validation_rows(name, store, config, pad_id) for name, store in held_out.items()}
     rows = grain.MapDataset.source(_FilledRows(list(sources.values()), batch_size))
-    return ValidationBatches(
-        _batched(rows, batch_size, micro_batches, process_index, process_count),
-        config,
-        num_bytes=sum(store.num_bytes for store in held_out.values()),
-        num_targets=sum(each.num_targets for each in sources.values()),
-        reports={name: each.report for name, each in sources.items()},
-    )
+    batches = _batched(rows, batch_size, micro_batches, process_index, process_count)
+    return ValidationBatches(batches, config, {name: each.report for name, each in sources.items()})
 
 
 def validation_by_source(

@@ -43,7 +43,7 @@ class Measure(NamedTuple):
 
 class Difference(NamedTuple):
     """The first run's value less the second's over the items that both have, its 95 % interval, and how likely so
-    large a difference is by chance, by the named paired test.
+    large a difference is by chance, by the named paired test; NaN where there is none.
     """
 
     first: float
@@ -100,7 +100,8 @@ def compared(metric: Metric, first: Sequence[Scores], second: Sequence[Scores]) 
         metric.of(weights @ one, len(one)) - metric.of(weights @ other, len(one)) for weights in _resampled(len(one))
     ]
     interval = _percentiles(values[0] - values[1], np.concatenate(drawn), len(one))
-    p_value = metric.test(metric, one, other)
+    # A NaN is no greater than another number: a test would find that chance never comes as far.
+    p_value = metric.test(metric, one, other) if math.isfinite(values[0] - values[1]) else math.nan
     return Difference(*values, *interval, p_value, len(one), metric.test.__name__)
 
 

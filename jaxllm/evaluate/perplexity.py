@@ -1,19 +1,16 @@
 """Likelihood of text: nats per token, perplexity, and bits per byte, which compares across tokenizers."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.data.config import DataConfig
-from jaxllm.data.loader import validation_batches
 from jaxllm.data.sources import DocumentSource
-from jaxllm.data.tokens import Split
-from jaxllm.evaluate.rows import shown
-from jaxllm.evaluate.scoring import token_logps
+from jaxllm.evaluate.scoring import Span, span_logps
 from jaxllm.losses import token_weights
 from jaxllm.metrics import Ratio
 from jaxllm.model import Model
@@ -69,47 +66,34 @@ class Read(NamedTuple):
     num_bytes: int
 
 
-class Documents(NamedTuple):
-    """Tokenised documents in memory: document i is tokens[offsets[i]:offsets[i + 1]]."""
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    num_documents: int
-    num_bytes: int
-
-
-def of_files(
-    model: Model, params: Tree, tokenizer: Tokenizer, *, path: str, field: str, sequence_length: int, batch_size: int
-) -> dict[str, float]:
-    """``likelihood`` of every document of the files together; arguments and errors as of ``by_document``."""
-    how = dict(path=path, field=field, sequence_length=sequence_length, batch_size=batch_size)
-    return together(by_document(model, params, tokenizer, **how))
-
-
 def by_document(
-    model: Model, params: Tree, tokenizer: Tokenizer, *, path: str, field: str, sequence_length: int, batch_size: int
+    model: Model,
+    params: Tree,
+    tokenizer: Tokenizer,
+    *,
+    path: str,
+    field: str,
+    sequence_length: int,
+    batch_size: int,
+    count: int = 0,
 ) -> list[Read]:
-    """Of every document of the files: each token and the document's end, once.
+    """Of every document of the files, or of the first ``count``: each token and the document's end, once.
 
-    A document is read in pieces of up to ``sequence_length`` tokens that do not see each other. Raises as
-    ``DocumentSource`` does for what cannot be read.
+    A document is read from its beginning in pieces of ``sequence_length`` tokens that do not see each other: no number
+    depends on its neighbours. Raises as ``DocumentSource`` does for what cannot be read, and ``ValueError`` where there
+    is no token to predict.
     """
-    texts = [document.text for document in DocumentSource(path, field).documents()]
+    texts = [document.text for document in islice(DocumentSource(path, field).documents(), count or None)]
     encoded = tokenizer.documents(texts)
-    offsets = np.cumsum([0, *map(len, encoded)])
     # Nothing predicts a document's first id: its bytes do not count, none where a special token opens it.
     num_bytes = [
         len(text.encode()) - len(tokenizer.token_bytes(ids[0])) for text, ids in zip(texts, encoded, strict=True)
     ]
-    stores = {"files": Split(None, Documents(np.concatenate(encoded), offsets, len(texts), sum(num_bytes)))}
-    config = DataConfig(sequence_length=sequence_length)
-    batches = validation_batches(stores, config, batch_size=batch_size, micro_batches=1, pad_id=tokenizer.pad_id)
-    # Rows are a stream cut every so many pairs: in their order, its targets are those of one document after the other.
-    nats = np.concatenate([_nats(model, params, batch) for batch in shown(batches, f"read {path}")])
     counts = [len(ids) - 1 for ids in encoded]
-    each = np.split(nats, np.cumsum(counts)[:-1])
-    sums = [float(part.sum(dtype=np.float64)) for part in each]
-    return list(map(Read, texts, sums, counts, num_bytes))
+    if not any(counts):
+        raise ValueError(f"{path} holds no token to predict: give documents that are not empty")
+    nats = _nats(model, params, encoded, length=sequence_length, batch_size=batch_size, doing=f"read {path}")
+    return list(map(Read, texts, nats, counts, num_bytes))
 
 
 def together(documents: Iterable[Read]) -> dict[str, float]:
@@ -123,8 +107,9 @@ def weighed(params: Tree, batch: dict, **frozen: Tree) -> dict:
     return batch | {"weight_BT": token_weights(batch["mask_BT"])}
 
 
-def _nats(model: Model, params: Tree, batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Of each target of a loader's batch, in the order of its rows."""
-    names = ("tokens_BT", "targets_BT", "positions_BT", "segments_BT")
-    (logp_BT,) = jax.device_get(token_logps(model, params, *(batch[name][0] for name in names)))
-    return -logp_BT[batch["mask_BT"][0]]
+def _nats(model: Model, params: Tree, encoded: Sequence[list[int]], *, length: int, **how: Any) -> list[float]:
+    """Of each document, read in pieces of ``length`` tokens."""
+    starts = [(number, start) for number, ids in enumerate(encoded) for start in range(0, len(ids) - 1, length)]
+    pieces = [Span(encoded[number][start : start + length + 1], 1) for number, start in starts]
+    logps = span_logps(model, params, pieces, length=length, **how)
+    return np.bincount([number for number, _ in starts], -logps, len(encoded)).tolist()

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import filterfalse
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -73,7 +74,7 @@ def of_file(path: str) -> list[Question]:
     References are the texts in "references", or in an answer ("answers", "answer" or "solution", a text or a list of
     accepted ones, by which answers are verified too), or the last turn of a conversation, or the chosen answer of
     preferences. Raises ``ValueError`` with file, line and mend at the first
-    record that asks nothing.
+    record that asks nothing, or whose right answer is blank.
     """
     return [question for record in DocumentSource(path).records() for question in record.parsed(_questions)]
 
@@ -82,7 +83,8 @@ def held_out(config: Mapping[str, Any]) -> list[Question]:
     """What a run holds out of its conversations or preferences. Raises ``ValueError`` where that is nothing."""
     if not config["data"].get("sources"):
         raise ValueError("the run's data have no sources to hold conversations out of: give --files")
-    return [Question(prompt, (reference,)) for prompt, reference in questions.held_out_answers(config)]
+    found = questions.held_out_answers(config)
+    return [Question(prompt, (reference,) if _is_text(reference) else ()) for prompt, reference in found]
 
 
 def of_tasks(levels: Mapping[str, int], count: int) -> list[Question]:
@@ -213,16 +215,23 @@ def _questions(value: Any) -> list[Question]:
     several = next((texts[field] for field in SEVERAL if field in texts), ())
     made = []
     for prompt, record in found:
-        answers = several or ((record["answer"],) if record.get("answer") else ())
+        answers = several or ((record["answer"],) if "answer" in record else ())
         references = texts.get(REFERENCES) or answers or _last_turn(rest)
+        for wrong in filterfalse(_is_text, (*references, *answers)):
+            raise Malformed("not_text", f"a right answer is {wrong!r:.60}: give a text that is not blank, or no field")
         made.append(Question(prompt, references, answers, record))
     return made
 
 
 def _texts(given: Sequence[Any], field: str) -> tuple[str, ...]:
-    if not given or not all(isinstance(each, str) and each.strip() for each in given):
+    if not given or not all(map(_is_text, given)):
         raise Malformed("not_text", f"field {field!r} holds {given!r:.60}: give a list of one or more texts")
     return tuple(given)
+
+
+def _is_text(given: Any) -> bool:
+    """Not one that is blank: it would be contained in every answer."""
+    return isinstance(given, str) and bool(given.strip())
 
 
 def _last_turn(value: Mapping[str, Any]) -> tuple[str, ...]:

@@ -25,10 +25,10 @@ def suite(name: str, directory: str, settings: Settings, *, step: int | None = N
     runs = [partial(loaded, directory, step=step, sequence_length=settings.sequence_length)]
     if compare:
         other = duels.player(compare)
+        if len({workdir.saved(run, step=at).identity for run, at in ((directory, step), other)}) == 1:
+            raise ValueError(f"--compare={compare} is the same checkpoint: name another one, as DIR@STEP")
         runs.append(partial(loaded, other.run, step=other.step, sequence_length=settings.sequence_length))
     found = evaluated(name, runs, workdir.config(directory), settings)
-    if len(found.items) < len(runs):
-        raise ValueError(f"--compare={compare} is the same checkpoint: name another one, as DIR@STEP")
     made = report(found, settings)
     flat = contract(found) if name == "perplexity" else {}
     _write(directory, name, made, flat)

@@ -29,6 +29,8 @@ class Settings:
     """What is asked, and how. files: name -> path, "" naming a single one; tasks: name -> level; count: the most items
     of a group, 0 being all. form: one of ``choices.FORMS``. sequence_length: tokens that are seen at a time, 0: as in
     training.
+
+    Raises ``ValueError`` for a count or a length below 0, and for files with the name that all of them together have.
     """
 
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -38,6 +40,12 @@ class Settings:
     count: int = 0
     sequence_length: int = 0
     asking: Asking = Asking()
+
+    def __post_init__(self):
+        if min(self.count, self.sequence_length) < 0:
+            raise ValueError(f"count={self.count}, sequence_length={self.sequence_length}: each must be 0 or more")
+        if ALL in self.files:
+            raise ValueError(f"--files={ALL}={self.files[ALL]}: so all files together are named; give another NAME=")
 
 
 class Run(NamedTuple):
@@ -109,12 +117,17 @@ def named_files(given: Iterable[str]) -> dict[str, str]:
 
 
 def named_levels(given: str) -> dict[str, int]:
-    """task -> level of "NAME:LEVEL,NAME"; a level that is not named is 1. Raises ``ValueError`` for what is none."""
+    """task -> level of "NAME:LEVEL,NAME"; a level that is not named is 1.
+
+    Raises ``ValueError`` for what is none, and where a task comes twice.
+    """
     levels = {}
     for each in filter(None, given.split(",")):
         name, _, level = each.partition(":")
         if level and not level.isdecimal():
             raise ValueError(f"{each!r} is no task and level: write such as addition:2")
+        if name in levels:
+            raise ValueError(f"--tasks names {name!r} twice, the second time as {each!r}: ask for one level at a time")
         levels[name] = int(level or 1)
     return levels
 
@@ -161,10 +174,11 @@ def _documents(settings: Settings, config: Mapping[str, Any]) -> list[tuple[str,
 
 
 def _likelihoods(run: Run, sources: Sequence[tuple[str, str]], settings: Settings) -> list[dict[str, Any]]:
-    how = dict(field=settings.field, sequence_length=run.length, batch_size=settings.asking.batch_size)
+    what = dict(field=settings.field, count=settings.count)
+    how = dict(sequence_length=run.length, batch_size=settings.asking.batch_size)
     items = []
     for group, path in sources:
-        for read in perplexity.by_document(run.model, run.params, run.tokenizer, path=path, **how):
+        for read in perplexity.by_document(run.model, run.params, run.tokenizer, path=path, **what, **how):
             scores = {"nats": read.nats, "tokens": read.tokens, "bytes": read.num_bytes}
             items.append({"group": group, "prompt": read.text[:200], "scores": scores})
     return items

@@ -277,8 +277,8 @@ def test_validation_gives_every_target_once_whatever_the_batch(prepared, texts, 
     assert all(batch["tokens_BT"].shape == (1, batch_size // processes, 16) for batch in batches)
     expected = np.concatenate([np.delete(store.tokens, store.offsets[:-1]) for store in held_out])
     assert sorted(targets) == sorted(expected)
-    assert loaders[0].num_targets == len(expected)
-    assert loaders[0].num_bytes == sum(store.num_bytes for store in held_out) == (targets >= 32).sum()
+    assert sum(report["targets"] for report in loaders[0].reports.values()) == len(expected)
+    assert sum(store.num_bytes for store in held_out) == (targets >= 32).sum()
     assert len(batches) == sum(map(len, loaders)) and len({len(loader) for loader in loaders}) == 1
 
 
@@ -291,7 +291,7 @@ def test_validation_batches_can_be_read_again_and_are_the_same(one):
 def test_validation_of_nothing_has_no_batches(prepared, texts):
     config, stores = prepared({"a": texts}, validation=0.0)
     batches = validation_batches(stores, config, **SHAPE)
-    assert len(batches) == batches.num_bytes == batches.num_targets == 0 and list(batches) == []
+    assert len(batches) == 0 and list(batches) == [] and batches.reports == {}
 
 
 def test_a_batch_fingerprint_names_its_tokens(one):
@@ -410,12 +410,12 @@ def test_conversations_and_texts_mix_and_each_keeps_its_packing_and_its_mask(pre
     assert batches.reports["replay"]["supervised_fraction"] == 1.0 > batches.reports["chat"]["supervised_fraction"]
     each, every = validation_by_source(both, config, **SHAPE), validation_batches(both, config, **SHAPE)
     assert list(each) == ["replay", "chat"]
-    assert sum(one.num_targets for one in each.values()) == every.num_targets
+    assert {name: one.reports[name] for name, one in each.items()} == every.reports
     for one in [*each.values(), every]:
-        assert sum(batch["mask_BT"].sum() for batch in one) == one.num_targets
+        targets = sum(report["targets"] for report in one.reports.values())
+        assert sum(batch["mask_BT"].sum() for batch in one) == targets
     held_out = replayed["replay"].validation
-    assert each["replay"].num_targets == held_out.num_tokens - held_out.num_documents
-    assert each["chat"].reports["chat"] == every.reports["chat"]
+    assert every.reports["replay"]["targets"] == held_out.num_tokens - held_out.num_documents
 
 
 def test_a_source_that_holds_nothing_out_has_no_validation_of_its_own(prepared, texts):

@@ -180,6 +180,12 @@ def test_equal_runs_do_not_differ():
     assert found == Difference(9.5, 9.5, 0.0, 0.0, 0.0, 1.0, 20, "permutation")
 
 
+@pytest.mark.parametrize("metric", [mean("x"), share("x")])
+def test_of_a_difference_that_is_no_number_no_chance_is_known(metric):
+    found = compared(metric, of("x", [1.0, math.nan, 0.0]), of("x", [0.0, 1.0, 0.0]))
+    assert math.isnan(found.difference) and math.isnan(found.p_value) and plain(found)["p_value"] is None
+
+
 def test_a_metric_of_vectors_is_a_function_of_their_sum():
     metric = summed("x", "v", lambda sums: sums[0] * sums[1])
     assert measured(metric, [{"v": [1, 2]}, {"v": [3, 4]}]).value == 24

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm import sharding
-from jaxllm.evaluate.perplexity import by_document, evaluator, likelihood, num_target_bytes, of_files, together, weighed
+from jaxllm.evaluate.perplexity import by_document, evaluator, likelihood, num_target_bytes, together, weighed
 from jaxllm.metrics import Ratio
 from jaxllm.model import parameter_rules
 from jaxllm.text.tokenizer import byte_tokenizer
@@ -114,7 +114,7 @@ def test_every_byte_of_the_files_is_counted_once(tiny, built, tmp_path, batch_si
     )
     model, params = built(tiny(vocab_size=288))
     how = dict(path=str(tmp_path / "texts.jsonl"), field="body", sequence_length=16, batch_size=batch_size)
-    found = of_files(model, params, byte_tokenizer(), **how)
+    found = together(by_document(model, params, byte_tokenizer(), **how))
     num_bytes = sum(len(text.encode()) for text in texts)
     assert found["bytes"] == num_bytes and found["tokens"] == num_bytes + len(texts)
     assert found["bits_per_byte"] == pytest.approx(found["nats_per_token"] * found["tokens"] / math.log(2) / num_bytes)
@@ -132,31 +132,58 @@ def test_where_nothing_opens_a_document_its_first_token_is_not_predicted_and_its
         tokenizer = theirs(name)
         ids = [tokenizer.encode(text) for text in texts]
         first = [0 if tokenizer.bos_ids else len(tokenizer.token_bytes(each[0])) for each in ids]
-        found = of_files(model, params, tokenizer, **how)
+        found = together(by_document(model, params, tokenizer, **how))
         assert found["bytes"] == sum(map(len, texts)) - sum(first)
         assert found["tokens"] == sum(map(len, ids)) + len(texts) * len(tokenizer.bos_ids)
 
 
-def test_each_document_has_its_own_nats_and_together_they_are_those_of_the_files(tiny, built, tmp_path):
-    texts = ["plain", "", "a longer text than a row of sixteen tokens holds", "end", "é☃"]
-    (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+@pytest.fixture
+def read(tiny, built, tmp_path):
+    """A function: texts, options -> what a tiny model reads in a file of them, at most sixteen tokens at a time."""
+
+    def read(texts, **how):
+        path = tmp_path / "texts.jsonl"
+        path.write_text("".join(f'{{"text": "{text}"}}\n' for text in texts), encoding="utf-8")
+        how = dict(path=str(path), field="text", sequence_length=16, batch_size=8) | how
+        return by_document(*built(tiny(vocab_size=288)), byte_tokenizer(), **how)
+
+    return read
+
+
+TEXTS = ["plain", "", "a longer text than two rows of sixteen tokens hold", "end", "é☃"]
+
+
+def test_each_document_has_its_own_nats_whatever_the_batch_size(tiny, built, read):
     model, params = built(tiny(vocab_size=288))
     tokenizer, forward = byte_tokenizer(), jax.jit(model.forward)
-    how = dict(path=str(tmp_path / "texts.jsonl"), field="text", sequence_length=16)
-    read = {size: by_document(model, params, tokenizer, **how, batch_size=size) for size in (1, 8, 64)}
-    position = 0
-    for number, text in enumerate(texts):
-        ids, nats, start = tokenizer.documents([text])[0], 0.0, 0
-        while start < len(ids) - 1:  # up to the end of the row
-            end = min(len(ids) - 1, start + 16 - position % 16)
-            logp_TV = np.float64(jax.nn.log_softmax(forward(params, ids[None, start:end])[0]))
-            nats -= logp_TV[np.arange(end - start), ids[start + 1 : end + 1]].sum()
-            position, start = position + end - start, end
-        for documents in read.values():
+    found = {size: read(TEXTS, batch_size=size) for size in (1, 8, 64)}
+    for number, text in enumerate(TEXTS):
+        ids, nats = tokenizer.documents([text])[0], 0.0
+        for start in range(0, len(ids) - 1, 16):
+            after = ids[start + 1 : start + 17]
+            logp_TV = np.float64(jax.nn.log_softmax(forward(params, ids[None, start : start + len(after)])[0]))
+            nats -= logp_TV[np.arange(len(after)), after].sum()
+        for documents in found.values():
             assert documents[number].nats == pytest.approx(nats, rel=1e-6)
             assert documents[number][2:] == (len(ids) - 1, len(text.encode())) and documents[number].text == text
-    whole = of_files(model, params, tokenizer, **how, batch_size=8)
-    assert together(read[1]) == pytest.approx(whole, rel=1e-6) and whole["tokens"] == position
+
+
+def test_no_documents_nats_depend_on_the_documents_beside_it(read):
+    alone = {text: one for text in TEXTS for one in read([text])}
+    for texts in (TEXTS, TEXTS[::-1], ["one before it", *TEXTS]):
+        for one in read(texts)[-len(TEXTS) :]:
+            assert one.nats == pytest.approx(alone[one.text].nats, rel=1e-6)
+
+
+def test_a_count_limits_the_documents_that_are_read(read):
+    assert [one.text for one in read(TEXTS, count=3)] == TEXTS[:3]
+
+
+def test_documents_without_a_token_to_predict_are_refused(tmp_path, theirs):
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    how = dict(path=str(tmp_path / "empty.jsonl"), field="text", sequence_length=16, batch_size=2)
+    with pytest.raises(ValueError, match=r"empty\.jsonl holds no token to predict: give documents that are not empty"):
+        by_document(None, {}, theirs("qwen"), **how)
 
 
 def test_files_without_a_byte_have_no_bits_per_byte():

@@ -79,6 +79,21 @@ def test_a_record_that_asks_nothing_is_named_with_its_place(tmp_path):
             of_file(jsonl(tmp_path / "b.jsonl", [{"prompt": "q", "answers": wrong}]))
 
 
+@pytest.mark.parametrize("fields", [{"answer": " "}, {"solution": ""}, {"answer": "so\n#### "}, {"response": "\n"}])
+def test_a_blank_is_no_right_answer(tmp_path, fields):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 1: a right answer is '.*': give a text that is not blank, or"
+    ):
+        of_file(jsonl(tmp_path / "a.jsonl", [{"prompt": "q", **fields}]))
+
+
+def test_a_held_out_answer_that_says_nothing_is_no_reference(monkeypatch):
+    """As one that only calls a tool."""
+    prompt = asked("q").prompt
+    monkeypatch.setattr(module.questions, "held_out_answers", lambda config: [(prompt, ""), (prompt, "r")])
+    assert held_out({"data": {"sources": {"chat": {}}}}) == [asked("q"), asked("q", "r")]
+
+
 def test_problems_of_tasks_are_held_out_and_grouped():
     found = of_tasks({"addition": 2, "logic": 1}, 5)
     assert [question.group for question in found] == ["addition:2"] * 5 + ["logic:1"] * 5

@@ -103,6 +103,11 @@ def test_suites_stand_side_by_side_in_the_run(untrained, choices, capsys, tmp_pa
     assert "accuracy_per_byte" in capsys.readouterr().out
 
 
-def test_a_run_is_not_compared_with_itself(untrained, choices):
-    with pytest.raises(ValueError, match="is the same checkpoint: name another one, as DIR@STEP"):
-        suite("choice", str(untrained(32)), choices, compare=str(untrained(32)))
+def test_a_run_is_not_compared_with_itself_however_it_is_spelled(untrained, choices, monkeypatch):
+    run = untrained(32)
+    monkeypatch.chdir(run.parent)
+    for other in (str(run), f"{run}@2", "run", f"../{run.parent.name}/run"):
+        with pytest.raises(ValueError, match="is the same checkpoint: name another one, as DIR@STEP"):
+            suite("choice", str(run), choices, compare=other)
+    with pytest.raises(ValueError, match="is the same checkpoint"):
+        suite("choice", str(run), choices, step=1, compare="run@1")

@@ -124,10 +124,19 @@ def test_files_have_names_or_one_of_them_none(tmp_path):
         named_files(["a=b", "a=c"])
 
 
+def test_no_file_has_the_name_of_all_together():
+    with pytest.raises(ValueError, match="--files=all=a.jsonl: so all files together are named; give another NAME="):
+        Settings(files={"all": "a.jsonl", "b": "b.jsonl"})
+
+
 def test_tasks_have_levels():
     assert named_levels("addition:2,counting") == {"addition": 2, "counting": 1} and named_levels("") == {}
     with pytest.raises(ValueError, match="'addition:x' is no task and level: write such as addition:2"):
         named_levels("addition:x")
+    with pytest.raises(
+        ValueError, match="--tasks names 'addition' twice, the second time as 'addition:2': ask for one"
+    ):
+        named_levels("addition:1,addition:2")
 
 
 def test_what_is_missing_is_named(directory, given):
@@ -147,3 +156,12 @@ def test_a_count_limits_each_file(directory, given):
     assert len(SUITES["answers"].ask(settings, {})) == 2
     assert len(SUITES["choice"].ask(replace(given("choice"), count=1), {})) == 1
     assert len(SUITES["choice"].ask(replace(given("choice"), count=0), {})) == 2
+    found = evaluated("perplexity", [lambda: loaded(directory)], {}, replace(given("perplexity"), count=2))
+    assert found.groups == {"all": [0, 1], "one": [0, 1]}
+
+
+def test_no_count_and_no_length_is_below_nothing():
+    with pytest.raises(ValueError, match="count=-1, sequence_length=0: each must be 0 or more"):
+        Settings(count=-1)
+    with pytest.raises(ValueError, match="count=0, sequence_length=-2: each must be 0 or more"):
+        Settings(sequence_length=-2)

@@ -20,17 +20,6 @@ def files(tmp_path):
     return tmp_path
 
 
-def pieces_of(texts, length):
-    """The stream of all pairs is cut every ``length``: where the pieces of each text begin and end."""
-    position, cuts = 0, []
-    for text in texts:
-        count = len(text.encode()) + 1
-        ends = [end for end in range(count) if (position + end) % length == 0 and end] + [count]
-        cuts.append(list(zip([0, *ends[:-1]], ends, strict=True)))
-        position += count
-    return cuts
-
-
 @pytest.mark.parametrize("length", [16, 64])
 def test_the_evaluation_is_that_of_whole_distributions_over_every_token_and_byte(untrained_run, files, script, length):
     status, printed, said = script(
@@ -40,9 +29,10 @@ def test_the_evaluation_is_that_of_whole_distributions_over_every_token_and_byte
     result = json.loads((untrained_run / "evaluation.json").read_text())
     model, params, tokenizer = workdir.load(untrained_run)
     nats = []
-    for text, pieces in zip(TEXTS, pieces_of(TEXTS, length), strict=True):
+    for text in TEXTS:
         tokens = np.array([BOS_ID, *tokenizer.encode(text), EOS_ID])
-        for start, end in pieces:
+        for start in range(0, len(tokens) - 1, length):
+            end = min(start + length, len(tokens) - 1)
             logp_BTV = jax.nn.log_softmax(model.forward(params, tokens[None, start:end]))
             nats += [-float(logp_BTV[0, t, tokens[start + t + 1]]) for t in range(end - start)]
     num_bytes = sum(len(text.encode()) for text in TEXTS)
@@ -165,3 +155,11 @@ def test_reward_models_are_measured_beside_the_other_suites(script, untrained_ru
     written = json.loads((untrained_run / "evaluation.json").read_text())
     assert written["suites"]["reward"] == report and written["pairs"] == 3 and "accuracy" in printed
     assert (untrained_run / "figures" / "calibration.png").exists()
+
+
+@pytest.mark.parametrize("flags", [["--compare=a"], ["--count=3"], ["--files=a", "--files=b"], ["--files=one=a"]])
+def test_what_the_suite_reward_cannot_do_is_refused(script, tmp_path, flags):
+    status, *_ = script("evaluate.py", f"--workdir={tmp_path}", "--suite=reward", *flags)
+    assert status.startswith(
+        "ValueError: --suite=reward takes one --files=GLOB without a NAME=, and no --compare and no"
+    )
