@@ -4,7 +4,7 @@
     python experiments/quickstart.py --config=configs/pipeline.py --workdir=runs/mine --config.files.documents='my/*'
 
 The first is a small model of a small world, four to eight minutes on two CPU cores; the second takes your own data.
-Killed or stopped, the same command goes on.
+Killed or stopped, the same command goes on; with other gates or measures, what is done is judged again, not run again.
 
 Exit status: 0 when every stage passed its gates; 2 when one fell short; 75 when asked to stop by SIGTERM or Ctrl-C
 while it trained, and saved; 1 on an error.

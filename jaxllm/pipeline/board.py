@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxllm import workdir
-from jaxllm.evaluate import duels, judges
+from jaxllm.evaluate import duels, judges, suites
 from jaxllm.evaluate.continuations import continuations
 from jaxllm.evaluate.measures import Measure, plain
 from jaxllm.evaluate.replies import Asking
@@ -15,7 +15,9 @@ from jaxllm.evaluate.suites import ALL, Run, Settings, evaluated, loaded
 from jaxllm.generate import SamplerConfig
 from jaxllm.pipeline.config import MeasureConfig, placed
 
-ABOUT = ("about", "unit", "best", "metric", "shown")  # what two measures may differ in, and are taken together
+TOLD = ("about", "unit", "best")  # what only the report says of a measure
+ABOUT = (*TOLD, "metric", "shown")  # what two measures may differ in, and are taken together
+AGAINST = ("win_rate", "kl")  # what is measured against another run
 LONGEST_CONTINUATION = 32
 
 
@@ -51,6 +53,23 @@ def row(
     return Row(values, said)
 
 
+def wanted(measures: Mapping[str, MeasureConfig], prompts: Sequence[str]) -> dict[str, Any]:
+    """What decides a row besides the run and the seed, as JSON can hold it."""
+    said = {name: dataclasses.asdict(measure).items() for name, measure in measures.items()}
+    decided = {name: {key: value for key, value in each if key not in TOLD} for name, each in said.items()}
+    return {"measures": decided, "prompts": list(prompts)}
+
+
+def metrics(measure: MeasureConfig) -> list[str]:
+    """What its suite can measure. Raises ``ValueError`` for what cannot be asked."""
+    if measure.suite == "win_rate":
+        return list(AGAINST)
+    suite, how = suites.SUITES[measure.suite], settings(measure)
+    if measure.suite == "tasks":
+        suite.ask(how, {})
+    return [metric.name for metric in suite.metrics(how)]
+
+
 def placed_measure(measure: MeasureConfig, places: Mapping[str, str]) -> MeasureConfig:
     """The measure with the paths of what it names."""
     return dataclasses.replace(
@@ -72,15 +91,18 @@ def _together(measures: Mapping[str, MeasureConfig]) -> list[list[str]]:
 
 def _asked(run: Run, directory: str, measure: MeasureConfig, seed: int) -> tuple[dict[str, Measure], list[dict]]:
     """A suite's metrics of all its items, and the items."""
+    found = evaluated(measure.suite, [lambda: run], workdir.config(directory), settings(measure, seed))
+    return found.measures(run.label)[ALL], found.items[run.label]
+
+
+def settings(measure: MeasureConfig, seed: int = 0) -> Settings:
     how = {key: getattr(measure, key) for key in ("samples", "temperature", "max_new_tokens", "batch_size")}
-    settings = Settings(
+    return Settings(
         files={"": measure.file} if measure.file else {},
         tasks={measure.task: measure.level} if measure.task else {},
         count=measure.count,
         asking=Asking(**how, seed=seed, workers=0),
     )
-    found = evaluated(measure.suite, [lambda: run], workdir.config(directory), settings)
-    return found.measures(run.label)[ALL], found.items[run.label]
 
 
 def _against(run: Run, directory: str, measure: MeasureConfig, seed: int) -> tuple[dict[str, Measure], list[dict]]:

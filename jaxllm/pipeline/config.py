@@ -6,10 +6,11 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from jaxllm.configure import nearest, section
+from jaxllm.configure import Section, nearest, section
 
 KINDS = ("lessons", "clean", "tokenizer", "train")
 SUITES = ("perplexity", "answers", "tasks", "choice", "win_rate")
@@ -60,12 +61,14 @@ class StageConfig:
 
     def __post_init__(self):
         gates = {
-            name: section(GateConfig, gate, path=f"gates.{name}") if isinstance(gate, Mapping) else gate
+            name: part(GateConfig, gate, f"gates.{name}") if isinstance(gate, Mapping) else gate
             for name, gate in self.gates.items()
         }
         object.__setattr__(self, "gates", gates)
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} of a stage is not one of {KINDS}{nearest(self.kind, KINDS)}")
+        if self.measured and self.kind != "train":
+            raise ValueError(f"measured=True of a stage of kind={self.kind!r}: only 'train' leaves a model to measure")
         if self.metric not in self.gates:
             raise ValueError(f"metric={self.metric!r} has no gate{nearest(self.metric, self.gates)}")
         if self.attempts < 1:
@@ -133,20 +136,39 @@ class PipelineConfig:
     def __post_init__(self):
         made = {"stages": StageConfig, "measures": MeasureConfig}
         for key, cls in made.items():
-            parts = {name: section(cls, each, path=f"config.{key}.{name}") for name, each in getattr(self, key).items()}
+            parts = {name: part(cls, each, f"config.{key}.{name}") for name, each in getattr(self, key).items()}
             object.__setattr__(self, key, parts)
         if sorted(self.order) != sorted(self.stages):
             raise ValueError(f"order={self.order} must have each stage of {sorted(self.stages)} once")
-        _check_places("files", self.files, self.order)
+        _check_places("config.files", self.files, self.order)
         for number, name in enumerate(self.order):
             before = self.order[:number]
-            ready = [file for file, path in self.files.items() if set(_PLACE.findall(path)) <= set(before)]
-            _check_places(name, self.stages[name].run, (*before, *ready))
+            ready = [file for file, path in self.files.items() if named(path) <= set(before)]
+            _check_places(f"config.stages.{name}.run", self.stages[name].run, (*before, *ready))
             _check_gates(name, self.stages[name], before)
         for name, measure in self.measures.items():
-            _check_places(name, {"file": measure.file, "judge": measure.judge}, (*self.order, *self.files))
-            if measure.against and measure.against not in self.order:
-                raise ValueError(f"against={measure.against!r} of {name!r}{nearest(measure.against, self.order)}")
+            paths = {"file": measure.file, "judge": measure.judge}
+            _check_places(f"config.measures.{name}", paths, (*self.order, *self.files))
+            models = [each for each in self.order if self.stages[each].kind == "train"]
+            if measure.against and measure.against not in models:
+                key = f"config.measures.{name}.against={measure.against!r}"
+                raise ValueError(f"{key} is no stage that leaves a model{nearest(measure.against, models)}")
+
+
+def part(cls: type[Section], values: Mapping[str, Any], path: str) -> Section:
+    """A section whose errors name where it stands."""
+    with at(path):
+        return section(cls, values, path=path)
+
+
+@contextmanager
+def at(path: str) -> Iterator[None]:
+    """Inside, whatever is wrong with a config is a ``ValueError`` that names this key of it."""
+    try:
+        yield
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        said, inner = str(error), str(error).removeprefix("config.")
+        raise ValueError(said if path in said else f"{path}{': ' if inner == said else '.'}{inner}") from error
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,6 +191,14 @@ def changed(values: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, A
     return made
 
 
+def named(value: Any) -> set[str]:
+    """Every name that stands in braces in the texts of a value."""
+    if isinstance(value, str):
+        return set(_PLACE.findall(value))
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return set().union(*map(named, parts))
+
+
 def placed(value: Any, places: Mapping[str, str]) -> Any:
     """A value in whose texts each {name} is the path of that stage or file; what a file is may name a stage."""
     if isinstance(value, Mapping):
@@ -188,14 +218,14 @@ def _check_factors(name: str, adjust: Mapping[str, Any], numbers: Mapping[str, A
 
 def _check_places(name: str, values: Mapping[str, Any], known: tuple[str, ...]) -> None:
     for key, value in flat(values).items():
-        for place in _PLACE.findall(value) if isinstance(value, str) else ():
-            if place not in known:
-                raise ValueError(
-                    f"{name}: {key}={value!r} names {place!r}: no stage before it, no file{nearest(place, known)}"
-                )
+        for place in sorted(named(value) - set(known)):
+            raise ValueError(
+                f"{name}.{key}={value!r} names {place!r}: no stage before it, no file{nearest(place, known)}"
+            )
 
 
 def _check_gates(name: str, stage: StageConfig, before: tuple[str, ...]) -> None:
     for metric, gate in stage.gates.items():
         if gate.over and gate.over not in before:
-            raise ValueError(f"{name}: the gate {metric!r} is over {gate.over!r}{nearest(gate.over, before)}")
+            key = f"config.stages.{name}.gates.{metric}.over={gate.over!r}"
+            raise ValueError(f"{key} is no stage before it{nearest(gate.over, before)}")

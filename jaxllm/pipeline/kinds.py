@@ -1,17 +1,22 @@
-"""What a stage does, by its kind, and the command that does the same alone.
+"""What a stage does, by its kind, what is known of it before it is run, and the command that does the same alone.
 
 Each can be called again on what it left: it goes on, or finds everything done.
 """
 
+import dataclasses
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm import curate, loop, metrics, workdir
+from jaxllm.configure import nearest, section
+from jaxllm.curate.limits import limits
 from jaxllm.data import lessons, made
 from jaxllm.data.sources import DocumentSource
 from jaxllm.model import flops_per_token
 from jaxllm.pipeline.config import flat
+from jaxllm.run_config import RunConfig
+from jaxllm.stages import named
 from jaxllm.text import prepare
 
 Values = Mapping[str, Any]
@@ -21,6 +26,8 @@ class Kind(NamedTuple):
     """run: (values, directory) -> numbers that a gate may be about. spent: directory -> "tokens", "flops", "mfu".
 
     script: the command; out: its flag for the directory, prefix: of all others. usual: what the flags are untold.
+    check: (values, the name of their section), raises ``ValueError`` for what is wrong with them whatever they name.
+    numbers: patterns of what ``run`` returns.
     """
 
     run: Callable[[Values, str], dict[str, Any]]
@@ -29,6 +36,8 @@ class Kind(NamedTuple):
     out: str = "out"
     prefix: str = ""
     usual: Values = {}
+    check: Callable[[Values, str], None] = lambda values, path: None
+    numbers: tuple[str, ...] = ("*",)
 
 
 def command(kind: Kind, values: Values, untold: Values, directory: str, config: str) -> str:
@@ -60,6 +69,35 @@ def _tokenizer(values: Values, directory: str) -> dict[str, Any]:
     return prepare.learn((document.text for document in source.documents()), out=directory, **given)
 
 
+def _check_lessons(values: Values, path: str) -> None:
+    _check_keys(values, lessons.Plan._fields, path)
+    lessons.lessons(lessons.Plan(**values))
+
+
+def _check_clean(values: Values, path: str) -> None:
+    thresholds = [field.name for field in dataclasses.fields(curate.Limits)]
+    _check_keys(values, ("files", "field", "preset", *thresholds), path, needed=("files",))
+    limits(**{key: value for key, value in values.items() if key not in ("files", "field")})
+
+
+def _check_tokenizer(values: Values, path: str) -> None:
+    needed = ("files", "vocab_size")
+    _check_keys(values, (*needed, "field", "held_out"), path, needed=needed)
+
+
+def _check_train(values: Values, path: str) -> None:
+    named(section(RunConfig, values, path=path).stage)
+
+
+def _check_keys(values: Values, known: Iterable[str], path: str, *, needed: Iterable[str] = ()) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}.{key}={values[key]!r} is not a known key{nearest(key, known)}")
+    for key in needed:
+        if key not in values:
+            raise ValueError(f"{path}.{key} is missing")
+
+
 def _nothing(directory: str) -> dict[str, float | None]:
     return {"tokens": None, "flops": None, "mfu": None}
 
@@ -81,8 +119,37 @@ def _trained(directory: str) -> dict[str, float | None]:
 
 
 KINDS = {
-    "lessons": Kind(_lessons, _nothing, "experiments/lessons.py", usual=lessons.Plan()._asdict()),
-    "clean": Kind(_clean, _nothing, "experiments/curate.py", usual={"field": "text", "preset": "any"}),
-    "tokenizer": Kind(_tokenizer, _nothing, "experiments/tokenizer.py", usual={"vocab_size": 4096}),
-    "train": Kind(_train, _trained, "experiments/train.py", out="workdir", prefix="config."),
+    "lessons": Kind(
+        _lessons,
+        _nothing,
+        "experiments/lessons.py",
+        usual=lessons.Plan()._asdict(),
+        check=_check_lessons,
+        numbers=("documents", "instructions", "preferences", "questions", "heldout_*"),
+    ),
+    "clean": Kind(
+        _clean,
+        _nothing,
+        "experiments/curate.py",
+        usual={"field": "text", "preset": "any"},
+        check=_check_clean,
+        numbers=("documents", "kept", "caught", "lost"),
+    ),
+    "tokenizer": Kind(
+        _tokenizer,
+        _nothing,
+        "experiments/tokenizer.py",
+        usual={"vocab_size": 4096},
+        check=_check_tokenizer,
+        numbers=("vocab_size", "bytes_per_token", "documents", "bytes", "held_out_documents", "held_out_bytes"),
+    ),
+    "train": Kind(
+        _train,
+        _trained,
+        "experiments/train.py",
+        out="workdir",
+        prefix="config.",
+        check=_check_train,
+        numbers=("validation_*",),
+    ),
 }

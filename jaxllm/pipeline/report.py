@@ -253,7 +253,7 @@ def _cell(cell: Values, before: Values, ends: tuple[float, float], unit: str | N
 
 
 def change(now: Values, before: Values, best: str) -> str:
-    """A name of ``CHANGES``: whether the difference is larger than half its 95 % interval; "" where it is not known.
+    """A name of ``CHANGES``: whether the difference is larger than half its 95 % interval; "" where one is unknown.
 
     The interval is made of the two that are known, as of independent measurements (Newcombe 1998, "Interval estimation
     for the difference between independent proportions", method 10): of the same questions it is a little too wide.
@@ -262,14 +262,12 @@ def change(now: Values, before: Values, best: str) -> str:
     if value is None or other is None:
         return ""
     facing, away = ("low", "high") if value > other else ("high", "low")
-    if abs(value - other) <= math.hypot(_reach(now, facing), _reach(before, away)):
+    ends = known(now.get(facing)), known(before.get(away))
+    if None in ends:
+        return ""
+    if abs(value - other) <= math.hypot(value - ends[0], other - ends[1]):
         return "same"
     return "better" if (value > other) == (best != "min") else "worse"
-
-
-def _reach(cell: Values, end: str) -> float:
-    """From the value to that end of its interval; 0 without one."""
-    return 0.0 if known(cell.get(end)) is None else abs(cell["value"] - cell[end])
 
 
 # ---- curves, data, time, environment ----

@@ -45,7 +45,7 @@ def numbers(directory):
     summary = json.loads((directory / "summary.json").read_text())
     stages = [{key: value for key, value in stage.items() if key not in CLOCKS} for stage in summary["stages"]]
     records = [json.loads((directory / "attempts" / f"{name}_1.json").read_text()) for name in STAGES]
-    return stages, [(record["numbers"], record["said"]) for record in records]
+    return stages, [(record["numbers"], record["row"]) for record in records]
 
 
 @pytest.fixture(scope="module")

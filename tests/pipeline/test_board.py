@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from functools import partial
 from types import SimpleNamespace
@@ -44,6 +45,25 @@ def test_a_row_has_each_measure_with_its_interval_and_count(untrained, files):
     assert row.values["right"]["value"] == 0.0 < row.values["right"]["high"]
 
 
+def test_what_is_said_of_a_measure_decides_no_row():
+    one = section(MeasureConfig, short("answers", "exact_match", "share", "max", file="{asked}").to_dict())
+
+    def wanted(prompts=("Once",), **changes):
+        return boards.wanted({"one": dataclasses.replace(one, **changes)}, prompts)
+
+    assert wanted() == json.loads(json.dumps(wanted())) == wanted(about="x", best="min", unit="points")
+    assert all(each != wanted() for each in (wanted(shown=1), wanted(metric="rouge_l"), wanted(count=3), wanted(())))
+
+
+def test_a_suite_measures_what_it_says(untrained, files):
+    names = ("perplexity", "{text}", ""), ("answers", "{asked}", ""), ("tasks", "", "addition")
+    for suite, file, task in names:
+        made = section(MeasureConfig, short(suite, "", "number", "max", file=file, task=task, count=2).to_dict())
+        measures = dict.fromkeys(boards.metrics(made), made)
+        each = {name: dataclasses.replace(made, metric=name) for name in measures}
+        assert boards.row(str(untrained(64)), files, measures=each).values.keys() == measures.keys() > set()
+
+
 def test_the_transcript_has_continuations_and_answers_that_are_spread_over_the_items(untrained, files):
     asked = short("answers", "exact_match", "share", "max", file="{asked}", shown=3)
     row = board(prompts=("Once",), right=asked).row(str(untrained(64)), files)
@@ -69,6 +89,7 @@ def test_a_win_rate_is_taken_once_there_is_whom_to_win_against(untrained, files)
     drift = short("win_rate", "kl", "nats", "min", file="{asked}", against="sft", temperature=1.0)
     made, run = board(wins=wins, drift=drift), str(untrained(64))
     assert made.row(run, files).values == {}
+    assert boards.metrics(section(MeasureConfig, wins.to_dict())) == ["win_rate", "kl"]
     itself = made.row(run, files | {"sft": run}).values
     assert itself["wins"]["value"] == 0.5 and itself["drift"]["value"] == 0.0
     other = made.row(run, files | {"sft": f"{run}@1"}).values

@@ -1,10 +1,12 @@
 import copy
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from configs import pipeline, quickstart
 from jaxllm.configure import section
+from jaxllm.data import lessons
 from jaxllm.pipeline.config import GateConfig, PipelineConfig, changed, flat, placed
 from jaxllm.run_config import run_config
 
@@ -40,6 +42,13 @@ def test_every_run_of_the_configs_is_whole(config):
             assert (ROOT / stage.config.partition(":")[0]).is_file()
 
 
+def test_the_reward_model_of_the_quickstart_must_know_more_than_which_answer_is_shorter():
+    config = quickstart.get_config()
+    pairs = lessons.lessons(lessons.Plan(**config.stages.lessons.run))["preferences"]
+    shorter = fmean(len(pair["chosen"]) < len(pair["rejected"]) for pair in pairs)
+    assert 0.7 < shorter < config.stages.reward.gates.validation_accuracy.value - 0.1
+
+
 @pytest.mark.parametrize("module", [pipeline, quickstart])
 def test_a_pipeline_says_its_command_and_refuses_an_unknown_argument(module):
     assert "python experiments/quickstart.py" in module.__doc__
@@ -50,8 +59,13 @@ def test_a_pipeline_says_its_command_and_refuses_an_unknown_argument(module):
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("stages/sft/kind", "trian", "kind='trian' of a stage is not one of .*; did you mean 'train'"),
-        ("stages/sft/metric", "fact", "metric='fact' has no gate"),
+        (
+            "stages/sft/kind",
+            "trian",
+            "config.stages.sft: kind='trian' of a stage is not one of .*; did you mean 'train'",
+        ),
+        ("stages/sft/metric", "fact", "config.stages.sft: metric='fact' has no gate"),
+        ("stages/clean/measured", True, "config.stages.clean: measured=True of a stage of kind='clean'"),
         ("stages/sft/attempts", 0, "attempts=0 must be at least 1"),
         ("stages/sft/adjust", {}, "attempts=2, but adjust says nothing to change"),
         ("stages/sft/adjust", {"loop": {"step": 2.0}}, "adjust.loop.step is no number .*; did you mean 'loop.steps'"),
@@ -60,17 +74,27 @@ def test_a_pipeline_says_its_command_and_refuses_an_unknown_argument(module):
         ("stages/sft/adjust", {"loop": {"steps": -1.0}}, "adjust.loop.steps=-1.0 .* no factor above 0"),
         ("stages/ppo/gates/wins/adjust", {"loop": {"steps": 0}}, "gates.wins.adjust.loop.steps=0 changes nothing"),
         ("stages/ppo/gates/wins/adjust", {"seeds": 2.0}, "adjust.seeds is no number .*; did you mean 'seed'"),
-        ("stages/sft/run/start", "{dpo}", "sft: start='{dpo}' names 'dpo': no stage before it"),
+        ("stages/sft/run/start", "{dpo}", "config.stages.sft.run.start='{dpo}' names 'dpo': no stage before it"),
         ("stages/sft/run/start", "{pretrained}", "names 'pretrained': .*; did you mean 'pretrain'"),
-        ("stages/ppo/gates/wins/over", "dpo", "ppo: the gate 'wins' is over 'dpo'"),
-        ("stages/ppo/gates/wins/bound", "lest", "bound='lest' of a gate is not one of"),
+        (
+            "stages/sft/run/loop/sample_prompts",
+            ("{pretrane}",),
+            "sample_prompts=.* names 'pretrane'.*; did you mean 'pretrain'",
+        ),
+        ("stages/ppo/gates/wins/over", "dpo", "config.stages.ppo.gates.wins.over='dpo' is no stage before it"),
+        ("stages/ppo/gates/wins/bound", "lest", "config.stages.ppo: gates.wins: bound='lest' of a gate is not one of"),
         ("stages/ppo/gates/wins/value", float("nan"), "value=nan of a gate is not finite"),
         ("stages/ppo/atempts", 2, "config.stages.ppo.atempts is not a known key; did you mean 'attempts'"),
-        ("measures/wins/suite", "wins", "suite='wins' of a measure"),
+        ("measures/wins/suite", "wins", "config.measures.wins: suite='wins' of a measure"),
         ("measures/wins/against", "", "against='' of the suite 'win_rate'"),
-        ("measures/wins/against", "sfx", "against='sfx' of 'wins'; did you mean 'sft'"),
-        ("measures/text/file", "{helout}", "text: file='{helout}' names 'helout'.*; did you mean 'heldout'"),
-        ("files/heldout", "{clena}/x", "files: heldout='{clena}/x' names 'clena'"),
+        ("measures/wins/against", "sfx", "config.measures.wins.against='sfx' is no stage .*; did you mean 'sft'"),
+        ("measures/wins/against", "clean", "config.measures.wins.against='clean' is no stage that leaves a model"),
+        (
+            "measures/text/file",
+            "{helout}",
+            "config.measures.text.file='{helout}' names 'helout'.*; did you mean 'heldout'",
+        ),
+        ("files/heldout", "{clena}/x", "config.files.heldout='{clena}/x' names 'clena'"),
         ("order", ("clean",), "order=.* must have each stage of"),
     ],
 )
@@ -81,7 +105,9 @@ def test_what_is_wrong_is_named_with_its_mend(key, value, said):
 
 def test_a_file_that_a_stage_makes_is_not_there_before_it():
     assert made(**{"files/questions": "{reward}/questions.jsonl"}).files["questions"] == "{reward}/questions.jsonl"
-    with pytest.raises(ValueError, match="sft: data.sources.chat.path='{instructions}' names 'instructions'"):
+    with pytest.raises(
+        ValueError, match="config.stages.sft.run.data.sources.chat.path='{instructions}' names 'instructions'"
+    ):
         made(**{"files/instructions": "{reward}/x.jsonl"})
 
 

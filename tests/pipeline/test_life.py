@@ -5,11 +5,13 @@ import shlex
 
 import pytest
 
-from configs.pipeline import behind, least, most, stage
+from configs.pipeline import behind, least, measure, most, stage
 from jaxllm.configure import section
 from jaxllm.pipeline import life
 from jaxllm.pipeline.config import PipelineConfig, StageConfig, flat
 from jaxllm.pipeline.kinds import Kind
+
+DOUBLE = {"loop": {"steps": 2.0}}
 
 
 def config(**stages):
@@ -35,9 +37,11 @@ def part(start="{raw}", reach=1.0, gates=None, **changes):
 
 
 @pytest.fixture
-def ran(monkeypatch):
+def ran(monkeypatch, tmp_path):
     """The (values, directory) of every stage that was run, whose results are kept on the disk."""
     calls = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw.txt").write_text("raw")
 
     def run(values, directory):
         calls.append((copy.deepcopy(values), directory))
@@ -165,8 +169,98 @@ def test_another_pipeline_is_refused_where_one_lies(ran, tmp_path):
     values = config(one=part())
     lived(values, tmp_path / "run")
     values["stages"]["one"]["run"]["loop"]["steps"] = 90
-    with pytest.raises(ValueError, match="stages.one.run.loop.steps: 100 there, 90 here"):
+    said = "stages.one.run.loop.steps: 100 there, 90 here\n.* stays as it is, and only gates and measures may change"
+    with pytest.raises(ValueError, match=said):
         lived(values, tmp_path / "run")
+
+
+def test_a_directory_with_another_gate_is_judged_again_and_nothing_is_run_twice(ran, tmp_path):
+    values = config(one=part(reach=0.5), two=part("{one}"))
+    values["stages"]["one"]["gates"] = {"raeched": values["stages"]["one"]["gates"]["reached"]}
+    values["stages"]["one"]["metric"] = "raeched"
+    with pytest.raises(ValueError, match="a gate is about 'raeched', but the numbers of the stage are"):
+        lived(values, tmp_path / "run")
+    assert lived(config(one=part(reach=0.5), two=part("{one}")), tmp_path / "run")["ok"] and len(ran.calls) == 2
+    tighter = lived(config(one=part(reach=2.0, attempts=2, adjust=DOUBLE), two=part("{one}")), tmp_path / "run")
+    assert not tighter["ok"] and [stage["passed"] for stage in tighter["stages"]] == [False, True]
+    assert (
+        len(ran.calls) == 2
+        and json.loads((tmp_path / "run" / "config.json").read_text())["stages"]["one"]["attempts"] == 2
+    )
+
+
+def test_an_attempt_that_stages_went_on_from_still_counts_where_gates_are_looser(ran, tmp_path):
+    def of(reach, **changes):
+        return config(one=part(reach=reach, attempts=2, adjust=DOUBLE, **changes), two=part("{one}"))
+
+    assert lived(of(2.0), tmp_path / "run")["ok"] and len(ran.calls) == 3
+    looser = lived(of(0.5), tmp_path / "run")
+    assert looser["ok"] and len(ran.calls) == 3 and looser["stages"][0]["value"] == 2.0
+    with pytest.raises(
+        ValueError, match="'two' went on from .*start: 'one_2' there, 'one' here.*, or another --workdir"
+    ):
+        lived(of(1.0, gates={"reached": most(1.5)}), tmp_path / "run")
+    assert lived(of(2.0), tmp_path / "run")["ok"] and len(ran.calls) == 3
+
+
+def test_a_directory_may_be_moved_before_or_after_it_is_done(ran, tmp_path):
+    values = config(one=part(reach=2.0, attempts=2, adjust=DOUBLE), two=part("{one}"))
+    ran.fails = [False, False, True]
+    with pytest.raises(KeyboardInterrupt):
+        lived(values, tmp_path / "run")
+    for number in (1, 2):
+        os.rename(tmp_path / ("run" if number == 1 else "moved_1"), tmp_path / f"moved_{number}")
+        (tmp_path / f"moved_{number}" / "one_2" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+        summary = lived(values, tmp_path / f"moved_{number}")
+        assert [stage["directory"] for stage in summary["stages"]] == [
+            f"{tmp_path}/moved_{number}/{name}" for name in ("one_2", "two")
+        ]
+        place, said = f"{tmp_path}/moved_{number}", summary["stages"][1]["command"]
+        assert f"--out={place}/two " in said and said.endswith(f"start={place}/one_2") and len(ran.calls) == 4
+        assert "Loss, nats" in (tmp_path / f"moved_{number}" / "report.html").read_text()
+    assert ran.calls[-1][0]["start"] == f"{tmp_path}/moved_1/one_2"
+    assert not any(str(tmp_path) in path.read_text() for path in (tmp_path / "moved_2" / "attempts").iterdir())
+
+
+def test_what_is_measured_of_a_model_is_measured_again_where_it_is_something_else(ran, tmp_path, monkeypatch):
+    taken = []
+
+    def row(directory, places, *, measures, prompts, seed):
+        taken.append((os.path.basename(directory), places["one"]))
+        return life.board.Row({name: {"value": 0.7, "low": 0.6, "high": 0.8, "count": 9} for name in measures}, [])
+
+    monkeypatch.setattr(life.board, "row", row)
+    values = config(one=part(measured=True), two=part("{one}"))
+    values["measures"] = {"bits": measure("perplexity", "bits_per_byte", "bits", "min", file="raw.txt").to_dict()}
+    lived(values, tmp_path / "run")
+    values["measures"]["bits"]["about"] = "Only told"
+    lived(values, tmp_path / "run")
+    assert taken == [("one", f"{tmp_path}/run/one")]
+    values["measures"]["right"] = measure("tasks", "accuracy", "share", "max", task="addition").to_dict()
+    values["stages"]["one"]["gates"] = {"right": least(0.5).to_dict()}
+    values["stages"]["one"]["metric"] = "right"
+    for _ in range(2):
+        summary = lived(values, tmp_path / "run")
+        assert summary["ok"] and (summary["stages"][0]["value"], summary["stages"][0]["low"]) == (0.7, 0.6)
+    assert len(taken) == 2 and len(ran.calls) == 2
+
+
+def test_what_is_wrong_is_said_before_anything_is_made(ran, tmp_path):
+    values = config(one=part(), two=part("{one}", gates={"reached": least(0.5)}))
+    values["measures"] = {"sums": measure("tasks", "acuracy", "share", "max", task="addition").to_dict()}
+    with pytest.raises(
+        ValueError, match="config.measures.sums.metric='acuracy' is none of .*; did you mean 'accuracy'"
+    ):
+        lived(values, tmp_path / "run")
+    with pytest.raises(ValueError, match="config.files.raw='no.txt' is not there"):
+        lived({**config(one=part()), "files": {"raw": "no.txt"}}, tmp_path / "run")
+    assert not ran.calls and not (tmp_path / "run").exists()
+
+
+def test_files_that_were_read_may_be_gone(ran, tmp_path):
+    lived(config(one=part()), tmp_path / "run")
+    (tmp_path / "raw.txt").unlink()
+    assert lived(config(one=part()), tmp_path / "run")["ok"]
 
 
 def test_a_stage_that_diverges_is_adjusted_like_one_that_falls_short(ran, tmp_path):

@@ -260,8 +260,9 @@ def test_attempts_are_shown_where_there_were_several_with_what_was_changed():
         ((0.8, 0.79, 1.0), (0.7, 0.2, 0.71), "max", "better"),  # only the ends that face each other count
         ((0.8, 0.6, 0.81), (0.7, 0.69, 0.71), "max", "same"),
         ((0.7, 0.69, 0.71), (0.8, 0.6, 0.81), "max", "same"),
-        ((0.8, None, None), (0.7, None, None), "max", "better"),
-        ((0.7, None, None), (0.7, None, None), "max", "same"),
+        ((0.8, None, None), (0.7, None, None), "max", ""),  # by chance or not: nobody knows
+        ((0.8, None, 0.85), (0.7, 0.65, 0.75), "max", ""),
+        ((0.8, 0.75, None), (0.7, None, 0.75), "max", "better"),  # the ends that face each other are known
         ((None, None, None), (0.7, 0.6, 0.8), "max", ""),
         ((0.8, 0.7, 0.9), (math.nan, None, None), "max", ""),
     ],
