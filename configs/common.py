@@ -83,16 +83,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.reward.margin = 0.0  # times the pair's margin, by which its chosen answer should win; Llama 2 has 1
 
     config.policy = ml_collections.ConfigDict()  # reinforcement learning: configs/rl.py has the algorithms by name
-    config.policy.advantage = "group"  # GRPO | "group_mean" | "leave_one_out" | "batch" | "gae" (a critic) | "token"
+    config.policy.advantage = (
+        "group"  # GRPO | "group_mean" | "leave_one_out" | "batch" | "gae": a critic | "token": each token's own reward
+    )
     config.policy.ratio = "token"  # of new to old probability: of each token | "sequence": of a completion's mean
     config.policy.surrogate = "clip"  # the ratio, as PPO does | "cispo": its weight alone | "reinforce": no ratio
     config.policy.weights = "token"  # all tokens alike | "sequence": all completions | "constant": a full one's tokens
     config.policy.clip_low = 0.2  # the ratio stays above 1 - clip_low
     config.policy.clip_high = 0.2  # and below 1 + clip_high
     config.policy.importance_cap = 2.0  # of trainer's over sampler's probability of a token; 0 corrects nothing
-    config.policy.kl = "k3"  # estimator of the KL to the reference: "k1" | "k2" | "k3"
+    config.policy.kl = "k3"  # estimator of the KL in the loss: "k2" | "k3" | "k1", which is only watched
     config.policy.kl_loss = 0.0  # coefficient of the KL in the loss
-    config.policy.kl_reward = 0.0  # coefficient of the KL in the rewards
+    config.policy.kl_reward = 0.0  # of each token's log-ratio in its reward; with "token", 1 distills the reference
     config.policy.kl_target = 0.0  # nats of a completion that kl_reward is adapted to; 0 keeps it as it is
     config.policy.kl_horizon = 10_000  # completions that kl_reward adapts over
     config.policy.entropy = 0.0  # coefficient of the policy's entropy, which is raised
@@ -101,7 +103,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy.lam = 0.95  # of "gae": 1 trusts the rewards alone, 0 the critic
     config.policy.value_weight = 0.5  # of the critic's loss, which is a squared error's half
     config.policy.value_clip = 0.2  # how far a value moves from its old one before its loss stops; 0 does not clip
-    config.policy.epochs = 1  # how often a rollout is learned from
+    config.policy.epochs = 1  # how often a rollout is learned from; "reinforce" takes 1
     config.policy.minibatches = 1  # updates of each epoch: a rollout has minibatches x loop.batch_size completions
 
     config.rollout = ml_collections.ConfigDict()

@@ -21,11 +21,11 @@ ALGORITHMS = {
     # Chen et al. 2025, arXiv:2506.13585: the ratio is a weight, and no token loses its gradient.
     "cispo": dict(advantage="group", surrogate="cispo", weights="token", clip_high=4.0),
     # Ahmadian et al. 2024, arXiv:2402.14740: the baseline is the mean of the prompt's other completions.
-    "rloo": dict(advantage="leave_one_out", surrogate="reinforce", weights="constant", kl_reward=0.03, kl="k1"),
+    "rloo": dict(advantage="leave_one_out", surrogate="reinforce", weights="constant", kl_reward=0.03),
     # Williams 1992: the baseline is the mean of the rollout.
     "reinforce": dict(advantage="batch", surrogate="reinforce", weights="constant"),
     # Schulman et al. 2017, arXiv:1707.06347, as Ziegler et al. 2019, arXiv:1909.08593, have it for language.
-    "ppo": dict(advantage="gae", weights="token", kl_reward=0.03, kl="k1", whiten=True, epochs=2, minibatches=2),
+    "ppo": dict(advantage="gae", weights="token", kl_reward=0.03, whiten=True, epochs=2, minibatches=2),
 }
 
 

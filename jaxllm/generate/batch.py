@@ -47,8 +47,8 @@ def generate(
     A row ends with the first of ``stop_ids``: a tokenizer has them. Whatever lies behind a prompt's length is ignored,
     and behind a row's end is ``pad_id``. What a row samples depends on its prompt, its number in the batch and the key
     alone. Compiles as ``completions`` does, of which this is one call with a slot for each row: under a mesh the batch
-    need not divide. Raises ``ValueError`` for a prompt that is empty or longer than its row, an id outside of the
-    vocabulary, ``max_new_tokens`` below 1.
+    need not divide. Raises ``ValueError`` for no rows, a prompt that is empty or longer than its row, an id outside of
+    the vocabulary, ``max_new_tokens`` below 1.
     """
     _check(np.shape(prompts_BT), np.asarray(lengths_B))
     prompts_BT, lengths_B = np.asarray(prompts_BT), np.asarray(lengths_B)
@@ -80,8 +80,10 @@ def stream(
     a character.
 
     Joined, the pieces are the decoded completion without its stop token, one of the tokenizer's
-    unless told. Raises as ``generate`` does.
+    unless told. Raises as ``generate`` does, and ``ValueError`` for ``chunk`` below 1.
     """
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk} must be at least 1 token")
     request, length = Request(0, [int(token) for token in prompt_T], max_new_tokens), len(prompt_T) + max_new_tokens
     check(model, request, length)
     stop_ids = tokenizer.stop_ids if stop_ids is None else tuple(stop_ids)
@@ -94,6 +96,8 @@ def stream(
 
 
 def _check(shape, lengths):
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f"prompts_BT of shape {shape} must be rows of ids, at least one: [[1, 2, 3]] is one prompt")
     rows, width = shape
     if lengths.shape != (rows,) or lengths.min() < 1 or lengths.max() > width:
         raise ValueError(

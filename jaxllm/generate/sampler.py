@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxllm.sharding import place, spec
 
+LOWEST_TEMPERATURE = 1e-6  # that logits may be divided by, and stay finite
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
@@ -22,8 +24,10 @@ class SamplerConfig:
     min_p: float = 0.0  # keep tokens at least this times as likely as the likeliest
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature} must be at least 0 and finite; 0 is greedy")
+        if self.temperature != 0 and not LOWEST_TEMPERATURE <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must be at least {LOWEST_TEMPERATURE} and finite, or 0 to be greedy"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k={self.top_k} must be at least 0; 0 keeps all tokens")
         if not 0 < self.top_p <= 1:

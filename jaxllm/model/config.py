@@ -35,9 +35,11 @@ class RopeConfig:
 
     def __post_init__(self):
         _choice("model.rope.scaling", self.scaling, ROPE_SCALINGS)
-        if self.theta <= 0:
+        if not self.theta > 0:
             raise ValueError(f"model.rope.theta={self.theta} must be positive")
-        if self.scaling != "none" and self.factor <= 0:
+        if not self.local_theta >= 0:
+            raise ValueError(f"model.rope.local_theta={self.local_theta} must be positive, or 0 to take theta")
+        if self.scaling != "none" and not self.factor > 0:
             raise ValueError(
                 f"model.rope.factor={self.factor} must be positive where model.rope.scaling={self.scaling!r}"
             )
@@ -95,6 +97,9 @@ class DecoderConfig:
         for key in sizes:
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key}={getattr(self, key)} must be at least 1")
+        for key in ("norm_eps", "attention_scale", "attention_soft_cap", "logit_soft_cap"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"model.{key}={getattr(self, key)} must not be negative")
         if self.unroll < 0:
             raise ValueError(f"model.unroll={self.unroll} must be at least 1, or 0 to unroll all layers")
         if self.critic and not self.scalar_head:

@@ -16,10 +16,12 @@ LONGEST_NUMBER = 64  # characters
 DEEPEST = 4  # wrappings around an answer that are taken off
 
 # Possessive, so that no run of blanks is gone over twice.
-_SAID = re.compile(r"\banswer(?:\s+is\b|\s*[:=])[*_]*+[ \t]*+:?[*_]*+[ \t]*+(?=\S)", re.IGNORECASE)
+_SAID = re.compile(r"\banswer(?:\s+is\b|\s*[:=])[*_]*+[ \t]*+:?[*_]*+[ \t]*+(?:\n\s*+)?(?=\S)", re.IGNORECASE)
+# Of a line, in Markdown: opened after a blank or a sign, so that no product is taken for it.
+_EMPHASIS = re.compile(r"(?<![^\s:=])(\*{1,3}+|_{1,3}+)(?=\S)((?:(?!\1)[^\n])++)(?<=\S)\1(?![\w*])")
 # A word and what may follow it: a sentence, or words alone.
 _FIRST = re.compile(r"(\S+?)(?:[.!?;]\s+[^\W\d_]{2,}.*|[.,!?;:]?(?:\s+[^\W\d_]{2,}[^\d\\=^{}]*)?)")
-_SENTENCE_END = re.compile(r"[.!?;](?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<!\b(?:Dr|Mr|Ms|Mt|St))[.!?;](?=\s|$)")
 _WRAPPINGS = (("**", "**"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]"), ("`", "`"), ('"', '"'))
 _MINUS = str.maketrans({"\u2212": "-", "\u2013": "-", "\uff0d": "-"})
 _UNSIGNED = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
@@ -40,7 +42,8 @@ def extracted(completion: str) -> str | None:
     1. tags: what stands between <answer> and </answer>, if each comes exactly once, in order and after any thinking;
     2. without tags, and after any thinking, the rest of the last line with "####" (GSM8K);
     3. the last \\boxed{...}, braces within it balanced;
-    4. what follows the last "answer is", "answer:" or "answer =", up to the end of its sentence;
+    4. what follows the last "answer is", "answer:" or "answer =", on its line or else the next, up to the end of its
+       sentence, without emphasis;
     5. the whole text, if it is one line.
 
     Of 2 and 4, a number that only words follow is taken alone: "12 apples" is 12, but "12 or 13" is no number.
@@ -53,8 +56,9 @@ def extracted(completion: str) -> str | None:
     for mark, read in _MARKS:
         if mark in said:
             return _plain(read(said))
-    if phrases := list(_SAID.finditer(said)):
-        sentence = _SENTENCE_END.split(said[phrases[-1].end() :].partition("\n")[0], maxsplit=1)[0]
+    plain = _EMPHASIS.sub(r"\2", said)
+    if phrases := list(_SAID.finditer(plain)):
+        sentence = _SENTENCE_END.split(plain[phrases[-1].end() :].partition("\n")[0], maxsplit=1)[0]
         return _plain(_first_number(sentence))
     return _plain(said if "\n" not in said.strip() else None)
 

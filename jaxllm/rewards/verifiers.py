@@ -23,8 +23,10 @@ Checker = Callable[[str, Record], float | None]  # of an answer; None: it is not
 ARMS = 10
 LONGEST_EXPRESSION = 400  # characters of an answer that is read as mathematics
 _FORMATTED = re.compile(rf"\s*{THINK}(.*?){END_THINK}\s*{ANSWER}(.*?){END_ANSWER}\s*", re.DOTALL)
-# Two numbers with a sign between them, but for the power of ten of a scientific notation.
-_UNDONE = re.compile(r"\d\s*(?:[-+*/×÷·]|\\(?:cdot|times|div)\b)\s*(?!10\s*\^)\d")
+# Two numbers, in brackets or not, with a sign between them, but for the power of ten of a scientific notation.
+_UNDONE = re.compile(
+    r"[\d)}\]]\s*(?:[-+*/×÷·]|\\(?:cdot|times|div)\b)(?:\\left|[-+\s({\[])*+(?!10\}?\s*\^)(?:\d|\\[dt]?frac)"
+)
 
 
 def numeric(prompt: Conversation, completion: str, record: Record) -> Score:

@@ -43,7 +43,8 @@ class RolloutConfig:
         for key in ("temperature", "time_limit"):
             if not 0 < getattr(self, key) < float("inf"):
                 raise ValueError(f"rollout.{key}={getattr(self, key)} must be positive and finite")
-        SamplerConfig(self.validation_temperature)
+        for temperature in (self.temperature, self.validation_temperature):
+            SamplerConfig(temperature)
         for name in self.tools:
             if name not in TOOLS:
                 raise ValueError(f"rollout.tools has {name!r}, which is no tool{nearest(name, TOOLS)}")

@@ -127,9 +127,18 @@ class Experience:
         return batch, self.told
 
     def probe(self, params: Tree, problems: Sequence[Problem]) -> dict[str, float]:
-        """Answers to held-out problems and what they are worth, as means."""
+        """Answers to held-out problems and what they are worth, as means, and how many prompts were too long to be
+        asked. Raises ``ValueError`` where all are.
+        """
+        asked = [problem for problem in problems if self._fits(problem)]
+        if not asked:
+            raise ValueError(
+                f"no held-out problem of {len(problems)} has a prompt of at most {self.limits.prompt} tokens: raise "
+                "rollout.max_prompt_tokens"
+            )
         sampler = SamplerConfig(self.config.validation_temperature)
-        return measured(self._asked(params, problems, 1, jax.random.key(self.seed), sampler))
+        told = measured(self._asked(params, asked, 1, jax.random.key(self.seed), sampler))
+        return told | {"too_long": float(len(problems) - len(asked))}
 
     def rows(self) -> list[dict[str, Any]]:
         """The table of the last rollout: prompts, completions, rewards."""
@@ -189,7 +198,7 @@ class Experience:
         for _ in range(PATIENCE * count):
             problem = self.problems.problem(self.position)
             self.position += 1
-            fits = len(self._ids(problem)) <= self.limits.prompt
+            fits = self._fits(problem)
             self.too_long += not fits
             found += [problem] * fits
             if len(found) == count:
@@ -198,6 +207,9 @@ class Experience:
             f"of {PATIENCE * count} problems {len(found)} have prompts of at most {self.limits.prompt} tokens, and "
             f"{count} are needed: raise rollout.max_prompt_tokens"
         )
+
+    def _fits(self, problem: Problem) -> bool:
+        return len(self._ids(problem)) <= self.limits.prompt
 
     def _ids(self, problem: Problem) -> list[int]:
         """The prompt, which tells of the tools."""
@@ -243,7 +255,7 @@ class Experience:
         if self.policy.has_values:
             columns["return_BT"] = returns_NW
             told["explained_variance"] = explained_variance(returns_NW[mask_NW], values_NW[mask_NW])
-            told["value"] = float(np.mean(values_NW[mask_NW]))
+            told["value"] = float(np.mean(values_NW[mask_NW])) if mask_NW.any() else math.nan
         if "ref_logp_BT" in columns:
             told["kl"] = float(np.sum(log_ratio_NW, dtype=np.float64) / max(1, np.sum(mask_NW.any(axis=1))))
             told["kl_coefficient"] = self.coefficient

@@ -75,8 +75,10 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def explained_variance(returns: np.ndarray, values: np.ndarray) -> float:
-    """1 - Var(return - value) / Var(return): 1 for a critic that knows, 0 for one that says a constant."""
-    variance = float(np.var(returns))
+    """1 - Var(return - value) / Var(return): 1 for a critic that knows, 0 for one that says a constant. NaN where the
+    returns are all the same, or none.
+    """
+    variance = float(np.var(returns)) if len(returns) else 0.0
     return 1 - float(np.var(returns - values)) / variance if variance > 0 else math.nan
 
 

@@ -54,8 +54,12 @@ class Tokenizer:
         return len(self._table)
 
     def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that an id stands for: none for a special token."""
-        return self._table[self._checked(token)]
+        """The UTF-8 bytes that an id stands for: none for a special token, or past the vocabulary, where a model may
+        have rows for nothing. Raises ValueError for an id below 0.
+        """
+        if token < 0:
+            raise ValueError(f"token id {token} is outside of the vocabulary: ids are 0..{self.vocab_size - 1}")
+        return self._table[token] if token < self.vocab_size else b""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone: no special token is added, and none is recognised in it.
@@ -114,11 +118,6 @@ class Tokenizer:
     def _description(self) -> dict[str, Any]:
         """What the description says beside the kind, the size and the fingerprint."""
         return {}
-
-    def _checked(self, token: int) -> int:
-        if not 0 <= token < self.vocab_size:
-            raise ValueError(f"token id {token} is outside of the vocabulary: ids are 0..{self.vocab_size - 1}")
-        return int(token)
 
 
 def utf8(text: str) -> bytes:

@@ -77,12 +77,6 @@ class HuggingFaceTokenizer(Tokenizer):
         self.end_id = self.stop_ids[0] if end is None else end
         self.stop_ids = tuple(dict.fromkeys((self.end_id, *self.stop_ids)))
 
-    def token_bytes(self, token: int) -> bytes:
-        """The bytes that an id stands for: none for a special token, or past the vocabulary, where a model may have
-        rows for nothing.
-        """
-        return super().token_bytes(token) if token < self.vocab_size else b""
-
     def encode_batch(self, texts: Sequence[str], *, threads: int | None = None) -> list[np.ndarray]:
         del threads  # the package takes all processors, or as many as RAYON_NUM_THREADS says
         return self._encoded(texts, self._reader)

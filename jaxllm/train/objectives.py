@@ -35,7 +35,7 @@ class ObjectiveConfig:
 
     def __post_init__(self):
         for key in ("z_coef", "neftune_alpha", "top_k"):
-            if getattr(self, key) < 0:
+            if not getattr(self, key) >= 0:
                 raise ValueError(f"objective.{key}={getattr(self, key)} must not be negative")
         shares = {
             "beta": "forward KL, 1 reverse",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from jaxllm import tree
 
 SCHEDULES = ("cosine", "linear", "wsd", "constant")
 SPIKE_HISTORY = 128
+_MATRICES = "^(critic/)?blocks/.*kernel$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,8 @@ class OptimizerConfig:
         for key, choices in (("name", tuple(SCALINGS)), ("schedule", SCHEDULES), ("warmup_unit", ("steps", "tokens"))):
             if getattr(self, key) not in choices:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)!r} must be one of {choices}")
-        for key in ("learning_rate", "warmup", "weight_decay", "clip_norm", "spike_deviations"):
-            if getattr(self, key) < 0:
+        for key in ("learning_rate", "warmup", "eps", "weight_decay", "clip_norm", "spike_deviations"):
+            if not getattr(self, key) >= 0:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must not be negative")
         for key in ("b1", "b2", "ema_decay"):
             if not 0 <= getattr(self, key) < 1:
@@ -50,6 +52,16 @@ class OptimizerConfig:
         for key in ("final_fraction", "decay_fraction"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(f"optimizer.{key}={getattr(self, key)} must be in [0, 1]")
+        for key, pattern in self.masks.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"optimizer.{key}={pattern!r} is no regular expression: {error}") from error
+
+    @property
+    def masks(self) -> dict[str, str]:
+        """The regular expressions that choose parameters, by their keys."""
+        return {"decay_mask": self.decay_mask, "freeze_mask": self.freeze_mask}
 
 
 def schedule(config: OptimizerConfig, *, steps: int, tokens_per_step: int) -> Callable[[jax.Array], jax.Array]:
@@ -80,11 +92,11 @@ def schedule(config: OptimizerConfig, *, steps: int, tokens_per_step: int) -> Ca
 
 
 def optimizer(config: OptimizerConfig, rate: Callable, rules: tuple) -> optax.GradientTransformationExtraArgs:
-    """The chain: clip, scale, decay, learning rate; around it the freezing, the spike guard and the average of the
-    parameters.
+    """The chain: clip, scale, decay, learning rate; around it the freezing, the average of the parameters and the spike
+    guard.
 
     ``rules`` are the model's (pattern, letters) rows: Muon reads from them which axes of a stacked kernel are the
-    matrix.
+    matrix. ``init`` raises ``ValueError`` for a mask that matches none of its parameters.
     """
     steps = (
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -98,11 +110,22 @@ def optimizer(config: OptimizerConfig, rate: Callable, rules: tuple) -> optax.Gr
             tree.map_named, lambda name, _: "frozen" if tree.matches(config.freeze_mask, name) else "trained"
         )
         chain = optax.partition({"trained": chain, "frozen": optax.set_to_zero()}, labels)
-    if config.spike_deviations:
-        chain = skip_spikes(chain, deviations=config.spike_deviations)
     if config.ema_decay:
         chain = optax.chain(chain, average_parameters(config.ema_decay))
-    return optax.with_extra_args_support(chain)
+    if config.spike_deviations:
+        chain = skip_spikes(chain, deviations=config.spike_deviations)
+    return _with_masks_that_match(config.masks, optax.with_extra_args_support(chain))
+
+
+def _with_masks_that_match(masks, inner):
+    def init(params):
+        names = tree.names(params)
+        for key, pattern in masks.items():
+            if pattern and not any(tree.matches(pattern, name) for name in names):
+                raise ValueError(f"optimizer.{key}={pattern!r} matches no parameter: they are {', '.join(names)}")
+        return inner.init(params)
+
+    return optax.GradientTransformationExtraArgs(init, inner.update)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -131,7 +154,7 @@ def _adafactor(config, rules):
 
 
 def _muon(config, rules):
-    """Jordan et al. 2024 on the blocks' kernels, AdamW on all else; updates are scaled to AdamW's size by 0.2
+    """Jordan et al. 2024 on the kernels of blocks, AdamW on all else; updates are scaled to AdamW's size by 0.2
     sqrt(larger side) (Liu et al. 2025, arXiv:2502.16982, section 2.2), so that both take one learning rate.
     """
     axes = partial(_matrix_axes, rules)
@@ -139,7 +162,7 @@ def _muon(config, rules):
         _placed_automatically(optax.contrib.scale_by_muon(weight_dimension_numbers=axes)),
         optax.stateless(lambda updates, _: _like_adam(updates, axes(updates))),
     )
-    labels = partial(tree.map_named, lambda name, _: "matrix" if tree.matches("^blocks/.*kernel$", name) else "other")
+    labels = partial(tree.map_named, lambda name, _: "matrix" if tree.matches(_MATRICES, name) else "other")
     return optax.partition({"matrix": matrices, "other": _adamw(config, rules)}, labels)
 
 
@@ -181,8 +204,8 @@ def _like_adam(updates, axes):
 
 class SpikeState(NamedTuple):
     inner: Any
-    history: jax.Array  # [2, SPIKE_HISTORY] of the newest losses and gradient norms that were not skipped
-    accepted: jax.Array
+    history: jax.Array  # [2, SPIKE_HISTORY] of the newest finite losses and gradient norms, each up to its bar
+    recorded: jax.Array
     skipped: jax.Array
 
 
@@ -190,9 +213,10 @@ def skip_spikes(inner: optax.GradientTransformation, *, deviations: float) -> op
     """Skips, on the device, the updates whose loss or gradient norm is more than so many deviations above its recent
     mean.
 
-    "Recent" is the last 128 accepted updates, and none is skipped before there are 128 (OLMo 2, arXiv:2501.00656,
-    section 3.1, has the idea). A skipped update changes nothing but ``skipped``. ``update`` takes the loss as
-    ``value``.
+    "Recent" is the last 128 updates whose loss and norm are finite, and none is skipped before there are 128 (OLMo 2,
+    arXiv:2501.00656, section 3.1, has the idea). Skipped ones are among them, as high as they were allowed to be: so a
+    level that lasts is taken for what it is in the end, and a single spike does not hide the next. A skipped update
+    changes nothing but this history and ``skipped``. ``update`` takes the loss as ``value``.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -202,19 +226,21 @@ def skip_spikes(inner: optax.GradientTransformation, *, deviations: float) -> op
 
     def update(updates, state, params=None, *, value, **extra):
         now = jnp.stack([value, tree.global_norm(updates)])
-        mean, deviation = jnp.mean(state.history, axis=1), jnp.std(state.history, axis=1)
-        # What is not a number is not below the bar either.
-        spike = (state.accepted >= SPIKE_HISTORY) & ~jnp.all(now <= mean + deviations * deviation)
+        full, finite = state.recorded >= SPIKE_HISTORY, jnp.all(jnp.isfinite(now))
+        bar = jnp.mean(state.history, axis=1) + deviations * jnp.std(state.history, axis=1)
+        spike = full & ~jnp.all(now <= bar)  # what is not a number is not below the bar either
+        lowered = jnp.where(full, jnp.minimum(now, bar), now)
+        history = state.history.at[:, state.recorded % SPIKE_HISTORY].set(lowered)
+        history = jnp.where(finite, history, state.history)
 
         def skip(updates):
-            return jax.tree.map(jnp.zeros_like, updates), state._replace(skipped=state.skipped + 1)
+            return jax.tree.map(jnp.zeros_like, updates), state.inner
 
         def accept(updates):
-            history = state.history.at[:, state.accepted % SPIKE_HISTORY].set(now)
-            updates, inner_state = inner.update(updates, state.inner, params, value=value, **extra)
-            return updates, SpikeState(inner_state, history, state.accepted + 1, state.skipped)
+            return inner.update(updates, state.inner, params, value=value, **extra)
 
-        return jax.lax.cond(spike, skip, accept, updates)
+        updates, inner_state = jax.lax.cond(spike, skip, accept, updates)
+        return updates, SpikeState(inner_state, history, state.recorded + finite, state.skipped + spike)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

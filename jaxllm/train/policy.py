@@ -100,7 +100,7 @@ class PolicyConfig:
             if getattr(self, key) not in known:
                 raise ValueError(f"policy.{key}={getattr(self, key)!r} is unknown{nearest(getattr(self, key), known)}")
         for key in ("importance_cap", "kl_loss", "kl_reward", "kl_target", "entropy", "value_weight", "value_clip"):
-            if getattr(self, key) < 0:
+            if not getattr(self, key) >= 0:
                 raise ValueError(f"policy.{key}={getattr(self, key)} must not be negative")
         for key in ("epochs", "minibatches", "kl_horizon"):
             if getattr(self, key) < 1:
@@ -115,6 +115,16 @@ class PolicyConfig:
             )
         if self.kl_target and not self.kl_reward:
             raise ValueError(f"policy.kl_target={self.kl_target} adapts kl_reward=0: give a coefficient to begin with")
+        if self.kl == "k1" and self.kl_loss:
+            raise ValueError(
+                f"policy.kl='k1' with kl_loss={self.kl_loss} teaches nothing, its gradient is 0 in the mean: take 'k2' "
+                "or 'k3', or give the coefficient to kl_reward"
+            )
+        if self.surrogate == "reinforce" and self.epochs > 1:
+            raise ValueError(
+                f"policy.epochs={self.epochs} learns from an older policy's samples again, and surrogate='reinforce' "
+                "has no ratio to tell: set epochs=1, or surrogate='clip'"
+            )
 
     @property
     def updates(self) -> int:
@@ -209,15 +219,15 @@ def credit(
 ) -> tuple[jax.Array, jax.Array]:
     """(advantages_NW, returns_NW) of completions n = p C + c, their sampled tokens under ``mask_NW``.
 
-    A completion's reward is given at its last sampled token, less ``coefficient`` times the estimate of the KL
-    divergence at every one (``log_ratio_NW`` is the policy's log-probability less the reference's). A completion whose
-    reward is not finite has none: the caller masks it, and its advantage is 0.
+    A completion's reward is given at its last sampled token, less ``coefficient`` times ``log_ratio_NW``, the policy's
+    log-probability less the reference's, at every one (Ziegler et al. 2019, arXiv:1909.08593, equation 2). That is k1
+    whatever ``config.kl`` says: as a reward, only its gradient is that of the KL divergence. A completion whose reward
+    is not finite has none: the caller masks it, and its advantage is 0.
     """
     C = rewards_PC.shape[1]
-    kl_NW = KLS[config.kl](log_ratio_NW, jnp.zeros_like(log_ratio_NW))
     later_NW = jnp.cumsum(mask_NW[:, ::-1], axis=1)[:, ::-1]
     is_last_NW = mask_NW & (later_NW == 1)
-    token_rewards_NW = jnp.where(is_last_NW, rewards_PC.reshape(-1, 1), 0.0) - coefficient * kl_NW
+    token_rewards_NW = jnp.where(is_last_NW, rewards_PC.reshape(-1, 1), 0.0) - coefficient * log_ratio_NW
     token_rewards_NW = jnp.where(mask_NW, token_rewards_NW, 0.0)
     returns_NW = jnp.zeros_like(token_rewards_NW)
     if config.advantage == GAE:

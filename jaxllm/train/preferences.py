@@ -60,12 +60,12 @@ class PreferenceConfig:
     def __post_init__(self):
         if self.loss not in (*LOSSES, KTO):
             raise ValueError(f"preference.loss={self.loss!r} is no loss{nearest(self.loss, (*LOSSES, KTO))}")
-        if self.beta <= 0:
+        if not self.beta > 0:
             raise ValueError(f"preference.beta={self.beta} must be positive; 0.1 is common")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"preference.label_smoothing={self.label_smoothing} must be in [0, 0.5)")
         for key in ("gamma", "sft_weight", "desirable_weight", "undesirable_weight"):
-            if getattr(self, key) < 0:
+            if not getattr(self, key) >= 0:
                 raise ValueError(f"preference.{key}={getattr(self, key)} must not be negative")
         if self.loss == "orpo" and not self.sft_weight:
             raise ValueError(
@@ -97,7 +97,7 @@ class RewardConfig:
 
     def __post_init__(self):
         for key in ("pair_weight", "score_weight", "centering", "margin"):
-            if getattr(self, key) < 0:
+            if not getattr(self, key) >= 0:
                 raise ValueError(f"reward.{key}={getattr(self, key)} must not be negative")
         if not self.pair_weight + self.score_weight:
             raise ValueError("reward.pair_weight and reward.score_weight are both 0: nothing is learned; raise one")

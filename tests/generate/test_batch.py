@@ -122,6 +122,8 @@ def test_the_returned_ids_are_the_sampled_ones_even_where_text_would_not_give_th
         (dict(prompts_BT=[[1, 2, 3, 40], [1, 2, 3, 4]]), "request 0 has ids from 1 to 40, but model.vocab_size=40"),
         (dict(prompts_BT=[[1, 2, 3, -1], [1, 2, 3, 4]]), "request 0 has ids from -1 to 3"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(prompts_BT=np.zeros((0, 4), int), lengths_B=[]), r"prompts_BT of shape \(0, 4\) must be rows of ids"),
+        (dict(prompts_BT=[1, 2, 3, 4]), r"prompts_BT of shape \(4,\) must be rows of ids, at least one"),
     ],
 )
 def test_prompts_that_cannot_be_continued_raise(change, message, tiny, built):
@@ -175,6 +177,17 @@ def test_a_character_that_never_ends_shows_as_the_replacement_mark(tiny, built):
     model, params = built(tiny(vocab_size=288))
     ids = [0, 0, *byte_tokenizer().encode("a\u4f60")[:-1], EOS_ID, *[100] * 40]
     assert "".join(streamed(scripted(model, ids), params, 2)) == "a\ufffd"
+
+
+def test_a_stream_in_pieces_of_no_tokens_is_refused(tiny, built):
+    with pytest.raises(ValueError, match="chunk=0 must be at least 1 token"):
+        streamed(*built(tiny(vocab_size=288)), chunk=0)
+
+
+def test_rows_of_the_model_that_the_tokenizer_has_not_are_streamed_as_nothing(tiny, built):
+    model, params = built(tiny(vocab_size=300))
+    ids = [0, 0, *byte_tokenizer().encode("a"), 299, *byte_tokenizer().encode("b"), EOS_ID, *[100] * 40]
+    assert "".join(streamed(scripted(model, ids), params, 8)) == "ab"
 
 
 def test_pads_of_finished_rows_are_the_pad_token(tiny, built):

@@ -92,7 +92,9 @@ def test_draws_of_a_bfloat16_model_follow_its_float32_logits(tiny, built, V, cou
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("temperature", -1.0, "temperature=-1.0 must be at least 0"),
+        ("temperature", -1.0, "temperature=-1.0 must be at least 1e-06 and finite, or 0 to be greedy"),
+        ("temperature", 1e-38, "temperature=1e-38 must be at least 1e-06"),
+        ("temperature", float("nan"), "temperature=nan must be at least 1e-06"),
         ("top_k", -1, "top_k=-1 must be at least 0"),
         ("top_p", 0.0, r"top_p=0.0 must be in \(0, 1\]"),
         ("top_p", 1.5, "top_p=1.5"),

@@ -135,6 +135,8 @@ def test_rotation_keeps_the_dtype_and_rounds_once():
     "changes, message",
     [
         (dict(scaling="ntk"), r"model\.rope\.scaling='ntk' must be one of"),
+        (dict(theta=float("nan")), r"model\.rope\.theta=nan must be positive"),
+        (dict(local_theta=-1.0), r"model\.rope\.local_theta=-1\.0 must be positive, or 0 to take theta"),
         (dict(theta=0.0), r"model\.rope\.theta=0\.0 must be positive"),
         (
             dict(scaling="linear", factor=0.0),

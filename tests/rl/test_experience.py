@@ -179,6 +179,14 @@ def test_a_completion_without_a_reward_is_left_out_and_counted(policy_of):
     np.testing.assert_allclose(sorted(advantages), np.array([-2, 1, 1]) / 3 / np.std([0, 1, 1], ddof=1), rtol=1e-5)
 
 
+def test_a_critic_is_told_of_nothing_where_every_reward_failed(tiny, built):
+    model, params = built(tiny(vocab_size=byte_tokenizer().vocab_size, num_layers=1, scalar_head=True))
+    found = made(model, minibatches=1, epochs=1, kl_loss=0.0, advantage="gae")
+    found.rewarding = Graded([[[math.nan] * 4]])
+    batch, told = found.batch(params, None, 0, ref_params=params)
+    assert math.isnan(told["value"]) and math.isnan(told["explained_variance"]) and not batch["weight_BT"].any()
+
+
 def test_prompts_that_are_too_long_are_not_asked_and_counted(policy_of):
     model, params = policy_of
     found = made(model, rollout=dict(max_prompt_tokens=4))
@@ -187,6 +195,22 @@ def test_prompts_that_are_too_long_are_not_asked_and_counted(policy_of):
     ):
         found.batch(params, None, 0, ref_params=params)
     assert found.too_long == 200
+
+
+def test_held_out_prompts_that_are_too_long_are_not_asked_and_counted(policy_of, tmp_path):
+    _, params = policy_of
+    records = [{"prompt": f"{n} " + "x" * 80 * (n % 2), "answer": "1"} for n in range(40)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    sources = {"asked": ProblemSource("file", path=str(tmp_path / "asked.jsonl"))}
+    found = made(policy_of[0], rollout=dict(sources=sources))
+    found.rewarding = Graded([[[1.0], [0.0], [1.0], [0.0]]])
+    problems = [found.problems.problem(n) for n in range(8)]
+    long = [problem for problem in problems if "x" in problem.prompt.messages[-1]["content"]]
+    told = found.probe(params, problems)
+    assert 0 < told["too_long"] == len(long) < 8
+    assert len(found.rewarding.asked) == 8 - len(long)
+    with pytest.raises(ValueError, match="no held-out problem of .* of at most 24 tokens: raise rollout.max_prompt"):
+        found.probe(params, long)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +233,7 @@ def test_sizes_that_do_not_fit_are_refused_by_name(policy_of, rollout, changes, 
     [
         (dict(completions=0), "rollout.completions=0 must be at least 1"),
         (dict(temperature=0.0), "rollout.temperature=0.0 must be positive"),
+        (dict(temperature=1e-38), "temperature=1e-38 must be at least 1e-06"),
         (dict(tools=("calculater",), turns=2), "rollout.tools has 'calculater', .* did you mean 'calculator'"),
         (dict(tools=("calculator",)), "rollout.turns=1 leaves no turn after a tool's: set 2 or more"),
         (dict(sources={"a": {"kind": "adition"}}), "config.rollout.sources.a"),
@@ -243,6 +268,7 @@ def test_a_critic_explains_all_none_or_less_than_a_constant():
     assert explained_variance(returns, returns - 2) == 1 and explained_variance(returns, np.ones(3)) == 0
     assert explained_variance(returns, -returns) == pytest.approx(-3)
     assert math.isnan(explained_variance(np.ones(3), returns))
+    assert math.isnan(explained_variance(np.ones(0), np.ones(0)))
 
 
 def test_what_is_likely_wrong_is_said():

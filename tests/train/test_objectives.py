@@ -392,6 +392,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, built):
     "values, message",
     [
         (dict(neftune_alpha=-1.0), r"objective\.neftune_alpha=-1\.0 must not be negative"),
+        (dict(neftune_alpha=float("nan")), r"objective\.neftune_alpha=nan must not be negative"),
         (dict(beta=1.5), r"objective\.beta=1\.5 must be in \[0, 1\]: 0 is forward KL, 1 reverse"),
         (dict(hard_weight=-0.1), r"objective\.hard_weight=-0\.1 must be in \[0, 1\]: 0 is the teacher alone"),
         (dict(top_k=-1), r"objective\.top_k=-1 must not be negative"),

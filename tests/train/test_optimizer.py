@@ -219,14 +219,14 @@ def test_the_history_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("spike", [(50.0, 1.0), (1.0, 50.0)], ids=["loss", "gradient norm"])
-def test_a_spike_changes_nothing_but_its_counter(short_history, spike):
-    found = spiking(LOSSES + [spike[0], 1.0], [1.0, 1.1, 0.9, 1.0, spike[1], 1.0])
+def test_a_spike_changes_nothing_but_its_counter_and_the_history(short_history, spike):
+    found = spiking(LOSSES + [spike[0], 1.0], [1.0, 1.1, 0.9, 1.0, spike[1], 1.0], ema_decay=0.9)
     skipped = [int(find_state(SpikeState, state).skipped) for _, state in found]
     assert skipped == [0, 0, 0, 0, 1, 1]
     (before, state_before), (after, state_after), (later, _) = found[3:]
     assert same(before, after) and not same(after, later)
     ours, theirs = (find_state(SpikeState, state) for state in (state_before, state_after))
-    assert same(ours._replace(skipped=0), theirs._replace(skipped=0))
+    assert same(ours.inner, theirs.inner) and find_state(AverageState, theirs.inner)
 
 
 def test_no_update_is_skipped_before_the_history_is_full(short_history):
@@ -241,12 +241,30 @@ def test_a_small_loss_is_no_spike_and_deviations_set_the_bar(short_history):
         assert int(find_state(SpikeState, found[-1][1]).skipped) == skipped
 
 
-def test_the_history_is_of_the_newest_accepted_updates(short_history):
-    found = spiking(LOSSES + [50.0, 1.2, 0.8], [1.0] * 7, spike_deviations=9.0)
+def test_the_history_is_of_the_newest_finite_updates_those_skipped_as_high_as_the_bar(short_history):
+    found = spiking(LOSSES + [50.0, np.inf, 1.2, np.nan, 0.8], [1.0] * 9, spike_deviations=9.0)
     history = np.asarray(find_state(SpikeState, found[-1][1]).history)
-    np.testing.assert_allclose(sorted(history[0]), sorted([0.9, 1.05, 1.2, 0.8]))
+    bar = np.mean(LOSSES) + 9.0 * np.std(LOSSES)
+    np.testing.assert_allclose(sorted(history[0]), sorted([1.05, bar, 1.2, 0.8]), rtol=1e-5)
+    assert int(find_state(SpikeState, found[-1][1]).skipped) == 3
     norm = math.sqrt(sum((x**2).sum() for x in flat(drawn(1)).values()))
     np.testing.assert_allclose(history[1], norm, rtol=1e-5)
+
+
+def test_a_level_that_lasts_is_taken_for_what_it_is(short_history):
+    found = spiking(LOSSES + [50.0] * 14, [1.0] * 18)
+    skipped = [int(find_state(SpikeState, state).skipped) for _, state in found]
+    assert skipped[4] == 1 and skipped[-1] == skipped[-4] < 14
+
+
+def test_a_spike_does_not_hide_the_next(short_history):
+    found = spiking(LOSSES + [1e6, 1.0, 1e6, 1.0, 1e6], [1.0, 1.1, 0.9, 1.0, 1.0, 1.1, 0.9, 1.0, 1.0])
+    assert int(find_state(SpikeState, found[-1][1]).skipped) == 3
+
+
+def test_a_loss_that_is_infinite_before_the_history_is_full_leaves_the_guard_as_it_is(short_history):
+    found = spiking([1.0, np.inf, *LOSSES[1:], 1.0, 50.0], [1.0] * 7)
+    assert [int(find_state(SpikeState, state).skipped) for _, state in found] == [0] * 6 + [1]
 
 
 def test_a_loss_that_is_not_a_number_is_skipped(short_history):
@@ -296,6 +314,14 @@ def test_muon_leaves_tables_biases_and_norms_to_adamw():
         assert np.array_equal(muon[name], adamw[name]) == (not name.endswith("kernel")), name
 
 
+def test_muon_takes_a_critic_s_matrices_as_it_takes_the_policy_s():
+    blocks = {"blocks": {"mlp": {"down": {"kernel": drawn(1)["blocks"]["mlp"]["down"]["kernel"]}}}}
+    both, rules = blocks | {"critic": blocks}, ((r"(critic/)?blocks/mlp/down/kernel", "lfd"),)
+    made = optimizer(config(name="muon"), lambda step: 1.0, rules)
+    updates, _ = made.update(both, made.init(both), both)
+    assert same(updates["blocks"], updates["critic"]["blocks"])
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon", "adafactor"])
 def test_each_optimizer_lowers_a_quadratic(name):
     target = drawn(3)
@@ -343,8 +369,20 @@ def drawn_zeros():
         (dict(b2=1.0), r"optimizer\.b2=1\.0 must be in \[0, 1\)"),
         (dict(ema_decay=1.5), r"optimizer\.ema_decay=1\.5 must be in \[0, 1\)"),
         (dict(final_fraction=1.5), r"optimizer\.final_fraction=1\.5 must be in \[0, 1\]"),
+        (dict(learning_rate=math.nan), r"optimizer\.learning_rate=nan must not be negative"),
+        (dict(eps=-1.0), r"optimizer\.eps=-1\.0 must not be negative"),
+        (dict(freeze_mask="("), r"optimizer\.freeze_mask='\(' is no regular expression: missing \)"),
     ],
 )
 def test_wrong_values_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
+
+
+@pytest.mark.parametrize("changes", [dict(freeze_mask="blocs"), dict(decay_mask="kernl")])
+def test_a_mask_that_matches_no_parameter_is_refused(changes):
+    ((key, pattern),) = changes.items()
+    with pytest.raises(
+        ValueError, match=rf"optimizer\.{key}='{pattern}' matches no parameter: they are blocks/attention"
+    ):
+        chain(**changes).init(drawn(0))

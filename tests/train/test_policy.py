@@ -28,7 +28,6 @@ CHOICES = {
     "gspo": dict(ratio="sequence", clip_low=0.05, clip_high=0.04, weights="sequence"),
     "cispo": dict(surrogate="cispo"),
     "reinforce": dict(surrogate="reinforce", entropy=0.1, importance_cap=0.0),
-    "k1": dict(kl="k1", kl_loss=0.2),
     "k2": dict(kl="k2", kl_loss=0.2),
     "sequence_cispo": dict(ratio="sequence", surrogate="cispo"),
 }
@@ -265,15 +264,29 @@ def test_credit_of_completions_lies_on_every_sampled_token_and_the_kl_is_taken_o
         "leave_one_out": [whole_C[n] - np.mean(np.delete(whole_C, n)) for n in range(3)],
     }
     for name, advantages_C in wanted.items():
-        c = config(advantage=name, kl="k1", kl_reward=0.5)
+        c = config(advantage=name, kl_reward=0.5)
         found_NW, _ = credit(c, 0.5, rewards_PC, mask_NW, log_ratio_NW, values_NW)
         np.testing.assert_allclose(found_NW, np.where(mask_NW, np.array(advantages_C)[:, None], 0), atol=1e-5)
     # Token by token it is what the divergence leaves, the reward at the last sampled token: distillation on-policy.
-    found_NW, _ = credit(config(advantage="token", kl="k1"), 0.5, rewards_PC, mask_NW, log_ratio_NW, values_NW)
     wanted_NW = np.where(mask_NW, -0.5 * log_ratio_NW, 0)
     wanted_NW[0, 1] += 1
     wanted_NW[2, 2] += 2
-    np.testing.assert_allclose(found_NW, wanted_NW, atol=1e-6)
+    for kl in policies.KLS:
+        found_NW, _ = credit(config(advantage="token", kl=kl), 0.5, rewards_PC, mask_NW, log_ratio_NW, values_NW)
+        np.testing.assert_allclose(found_NW, wanted_NW, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl", policies.KLS)
+def test_the_kl_in_the_rewards_has_the_gradient_of_the_divergence_whatever_its_estimator_in_the_loss(kl):
+    """Every token of a vocabulary of five once, weighed by its probability: the mean without noise."""
+    draw = np.random.default_rng(0)
+    logits_V, ref_V = (jax.nn.log_softmax(jnp.float32(draw.normal(size=5))) for _ in range(2))
+    ratio_NW, ones_NW = np.asarray(logits_V - ref_V)[:, None], np.ones((5, 1), bool)
+    credited_NW, _ = credit(config(advantage="token", kl=kl), 1.0, np.zeros((1, 5), "f"), ones_NW, ratio_NW, ratio_NW)
+    advantage_V = jnp.asarray(credited_NW)[:, 0]
+    found_V = jax.grad(lambda x_V: -jnp.sum(jnp.exp(logits_V) * advantage_V * jax.nn.log_softmax(x_V)))(logits_V)
+    wanted_V = jax.grad(lambda x_V: jnp.sum(jax.nn.softmax(x_V) * (jax.nn.log_softmax(x_V) - ref_V)))(logits_V)
+    np.testing.assert_allclose(found_V, wanted_V, atol=1e-6)
 
 
 def test_the_baseline_of_a_batch_is_its_mean_and_that_of_a_group_its_own():
@@ -375,6 +388,9 @@ def test_the_coefficient_of_the_kl_follows_its_target():
         (dict(epochs=0), "policy.epochs=0 must be at least 1"),
         (dict(gamma=1.5), "policy.gamma=1.5 must be in"),
         (dict(kl_target=6.0), "policy.kl_target=6.0 adapts kl_reward=0"),
+        (dict(entropy=float("nan")), "policy.entropy=nan must not be negative"),
+        (dict(kl="k1", kl_loss=0.2), "policy.kl='k1' with kl_loss=0.2 teaches nothing.*'k2' or 'k3', or .* kl_reward"),
+        (dict(surrogate="reinforce", epochs=4), "policy.epochs=4 learns from an older .* set epochs=1, or surrogate="),
     ],
 )
 def test_a_key_that_cannot_be_is_refused_by_name(changes, message):

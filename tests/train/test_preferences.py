@@ -408,6 +408,8 @@ def test_planted_preferences_are_learned_by_a_reward_model_and_by_dpo(tiny):
         (dict(loss="dpp"), r"preference\.loss='dpp' is no loss; did you mean 'dpo'"),
         (dict(beta=0.0), r"preference\.beta=0\.0 must be positive"),
         (dict(label_smoothing=0.5), r"label_smoothing=0\.5 must be in \[0, 0\.5\)"),
+        (dict(beta=float("nan")), r"preference\.beta=nan must be positive"),
+        (dict(gamma=float("nan")), r"preference\.gamma=nan must not be negative"),
         (dict(gamma=-1.0), r"preference\.gamma=-1\.0 must not be negative"),
         (dict(loss="orpo"), "'orpo' with sft_weight=0 pushes answers apart"),
         (
@@ -427,3 +429,5 @@ def test_a_reward_config_that_learns_nothing_is_refused():
         RewardConfig(0.0, 0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"reward\.centering=-1\.0 must not be negative"):
         RewardConfig(1.0, 0.0, -1.0, 0.0)
+    with pytest.raises(ValueError, match=r"reward\.margin=nan must not be negative"):
+        RewardConfig(1.0, 0.0, 0.0, float("nan"))
