@@ -128,11 +128,16 @@ def load(directory: str | os.PathLike, *, step: int | None = None) -> tuple[Mode
 
 
 def config(directory: str | os.PathLike) -> dict:
-    """The config of the run in this directory; ``FileNotFoundError`` where there is none."""
+    """The config of the run in this directory; ``FileNotFoundError`` where there is none, ``ValueError`` where it is
+    damaged.
+    """
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no run in {directory}: config.json is missing; give a --workdir that train.py made")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise FileNotFoundError(f"no run in {directory}: config.json is missing; name a directory that train.py made")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): write it again, checkpoints/*/meta hold the config") from error
 
 
 def write_evaluation(directory: str | os.PathLike, result: Mapping) -> None:

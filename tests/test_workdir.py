@@ -112,9 +112,15 @@ def test_a_file_in_the_place_of_the_directory_is_an_error(tmp_path):
 def test_where_no_run_is_the_error_says_what_to_give(tmp_path):
     for ask in (workdir.config, workdir.load):
         with pytest.raises(
-            FileNotFoundError, match="no run in .*nowhere: config.json is missing; give a --workdir that"
+            FileNotFoundError, match="no run in .*nowhere: config.json is missing; name a directory that"
         ):
             ask(tmp_path / "nowhere")
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": ')
+    with pytest.raises(ValueError, match=r"config.json is damaged \(.*\): write it again"):
+        workdir.config(tmp_path)
 
 
 def test_the_environment_names_versions_device_commit_command_and_data(tmp_path):

@@ -64,7 +64,7 @@ def test_another_field_is_read_on_request(untrained_run, tmp_path, script):
 
 def test_what_is_missing_is_named_in_one_message(untrained_run, files, tmp_path, script):
     status, *_ = script("evaluate.py", f"--workdir={tmp_path}/nowhere", f"--files={files}")
-    assert status.startswith("FileNotFoundError: no run in ") and "give a --workdir that train.py made" in status
+    assert status.startswith("FileNotFoundError: no run in ") and "name a directory that train.py made" in status
     status, *_ = script("evaluate.py", f"--workdir={untrained_run}", f"--files={tmp_path}/*.parquet")
     assert "matches no file of a kind that can be read" in status
     status, *_ = script("evaluate.py", f"--workdir={untrained_run}", f"--files={files}", "--step=9")

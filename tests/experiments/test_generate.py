@@ -69,7 +69,7 @@ def test_what_cannot_be_sampled_is_named_in_one_message(script, untrained_run, f
 
 def test_a_directory_without_a_run_is_named(script, tmp_path):
     status, *_ = script("generate.py", f"--workdir={tmp_path}")
-    assert status.startswith("FileNotFoundError: no run in ") and "give a --workdir that train.py made" in status
+    assert status.startswith("FileNotFoundError: no run in ") and "name a directory that train.py made" in status
 
 
 def test_the_help_names_every_flag(script):
