@@ -56,7 +56,7 @@ def test_likelier_tokens_only_means_greedy_at_the_limit(generate):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature=-1"], "ValueError: temperature=-1.0 must be at least 0"),
+        (["--temperature=-1"], "ValueError: temperature=-1.0 must be at least 1e-06"),
         (["--top_p=0"], "ValueError: top_p=0.0 must be in (0, 1]"),
         (["--max_new_tokens=0"], "max_new_tokens=0"),
         (["--step=9"], "no checkpoint of step 9"),
