@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 Section = TypeVar("Section")
@@ -15,13 +15,22 @@ def section(cls: type[Section], values: Mapping[str, Any], *, path: str = "confi
     lacks.
     """
     fields = {field.name: field.type for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"{path}.{key} is not a known key{nearest(key, fields)}")
-    for key in fields:
-        if key not in values:
-            raise ValueError(f"{path}.{key} is missing; configs/common.py holds its default")
+    check_keys(values, fields, path=path, needed=fields, mend="; configs/common.py holds its default")
     return cls(**{key: _value(fields[key], values[key], f"{path}.{key}") for key in fields})
+
+
+def check_keys(
+    values: Mapping[str, Any], known: Iterable[str], *, path: str, needed: Iterable[str] = (), mend: str = ""
+) -> None:
+    """Raises ``ValueError`` for a key that is not known, naming the nearest one, and for one that is needed and lacks,
+    with the mend.
+    """
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}.{key} is not a known key{nearest(key, known)}")
+    for key in needed:
+        if key not in values:
+            raise ValueError(f"{path}.{key} is missing{mend}")
 
 
 def nearest(key: str, known: Any) -> str:

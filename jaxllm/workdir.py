@@ -65,8 +65,11 @@ def open(directory: str | os.PathLike, values: Mapping, *, accept_changes: bool 
 def held(directory: Path) -> Iterator[None]:
     """Inside, the run belongs to this job, whose first process writes for all; ``ValueError`` where it belongs to
     another one.
+
+    What is locked is the place of its checkpoints: its caches, which may lie in the directory itself, have own locks.
     """
-    opened = os.open(directory, os.O_RDONLY)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    opened = os.open(directory / "checkpoints", os.O_RDONLY)
     try:
         if jax.process_index() == 0:
             _lock(opened, directory)

@@ -9,6 +9,7 @@ import pytest
 from configs import common
 from jaxllm import checkpoint, workdir
 from jaxllm.configure import section
+from jaxllm.data import tokens
 from jaxllm.model import DecoderConfig, build, placement
 from jaxllm.text.tokenizer import byte_tokenizer
 
@@ -91,7 +92,8 @@ def test_a_run_belongs_to_one_process_at_a_time(tmp_path):
             with workdir.held(tmp_path):
                 pass
     with workdir.held(tmp_path):
-        pass
+        tokens.write_whole(tmp_path / "main", lambda partial: None)
+    assert (tmp_path / "main").is_dir(), "a cache may lie in the run's own directory"
 
 
 def test_a_directory_of_something_else_is_refused_and_left_alone(tmp_path):

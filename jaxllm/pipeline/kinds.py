@@ -5,11 +5,11 @@ Each can be called again on what it left: it goes on, or finds everything done.
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from jaxllm import curate, loop, metrics, workdir
-from jaxllm.configure import nearest, section
+from jaxllm.configure import check_keys, section
 from jaxllm.curate.limits import limits
 from jaxllm.data import lessons, made
 from jaxllm.data.sources import DocumentSource
@@ -70,32 +70,23 @@ def _tokenizer(values: Values, directory: str) -> dict[str, Any]:
 
 
 def _check_lessons(values: Values, path: str) -> None:
-    _check_keys(values, lessons.Plan._fields, path)
+    check_keys(values, lessons.Plan._fields, path=path)
     lessons.lessons(lessons.Plan(**values))
 
 
 def _check_clean(values: Values, path: str) -> None:
     thresholds = [field.name for field in dataclasses.fields(curate.Limits)]
-    _check_keys(values, ("files", "field", "preset", *thresholds), path, needed=("files",))
+    check_keys(values, ("files", "field", "preset", *thresholds), path=path, needed=("files",))
     limits(**{key: value for key, value in values.items() if key not in ("files", "field")})
 
 
 def _check_tokenizer(values: Values, path: str) -> None:
     needed = ("files", "vocab_size")
-    _check_keys(values, (*needed, "field", "held_out"), path, needed=needed)
+    check_keys(values, (*needed, "field", "held_out"), path=path, needed=needed)
 
 
 def _check_train(values: Values, path: str) -> None:
     named(section(RunConfig, values, path=path).stage)
-
-
-def _check_keys(values: Values, known: Iterable[str], path: str, *, needed: Iterable[str] = ()) -> None:
-    for key in values:
-        if key not in known:
-            raise ValueError(f"{path}.{key}={values[key]!r} is not a known key{nearest(key, known)}")
-    for key in needed:
-        if key not in values:
-            raise ValueError(f"{path}.{key} is missing")
 
 
 def _nothing(directory: str) -> dict[str, float | None]:

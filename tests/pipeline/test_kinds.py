@@ -45,12 +45,12 @@ def test_the_numbers_of_a_stage_are_those_that_a_gate_may_be_about(made):
 @pytest.mark.parametrize(
     "kind, values, said",
     [
-        ("lessons", {"poeple": 30}, "of.it.poeple=30 is not a known key; did you mean 'people'"),
+        ("lessons", {"poeple": 30}, "of.it.poeple is not a known key; did you mean 'people'"),
         ("lessons", {"people": 20}, "people=20"),
-        ("clean", {"files": "x", "min_wrds": 3}, "of.it.min_wrds=3 is not a known key; did you mean 'min_words'"),
+        ("clean", {"files": "x", "min_wrds": 3}, "of.it.min_wrds is not a known key; did you mean 'min_words'"),
         ("clean", {"files": "x", "preset": "wbe"}, "preset='wbe' is not one of"),
         ("clean", {"preset": "web"}, "of.it.files is missing"),
-        ("tokenizer", {"files": "x", "vocab_size": 9, "fild": "text"}, "fild='text' is not .*; did you mean 'field'"),
+        ("tokenizer", {"files": "x", "vocab_size": 9, "fild": "text"}, "fild is not .*; did you mean 'field'"),
         ("tokenizer", {"files": "x"}, "of.it.vocab_size is missing"),
         ("train", {**RUN, "stgae": "sft"}, "of.it.stgae is not a known key; did you mean 'stage'"),
         ("train", {**RUN, "loop": {**RUN["loop"], "typo": 3}}, "of.it.loop.typo is not a known key"),
