@@ -183,6 +183,8 @@ def _train(run: Run, state: TrainState, log: Log, stopping: threading.Event) -> 
     loop, step, validated = run.config.loop, int(state.step), {}
     if step == 0 and (loop.evaluate_first or not loop.steps):
         log.write(0, validated := _validation(run, state))
+        if unranked := _unranked(run, validated):
+            raise ValueError(unranked)
     if not loop.steps and run.checkpoints.latest_step is None:
         _save(run, state, 0, log, validated)
     while step < loop.steps:
@@ -254,8 +256,8 @@ def _unranked(run: Run, validated: Mapping) -> str:
     if not loop.keep_best or best in validated:
         return ""
     return (
-        f"loop.best_metric={best!r} is no metric of a validation{nearest(best, validated)}; the run is saved, "
-        "correct it and go on with --accept_changes"
+        f"loop.best_metric={best!r} is no metric of a validation{nearest(best, validated)}; correct it and go on with "
+        "--accept_changes"
     )
 
 

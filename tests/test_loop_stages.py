@@ -151,14 +151,17 @@ def test_a_student_that_samples_half_of_its_batches_goes_on_bit_for_bit(sources,
     assert not jax.tree.map(np.shape, params(straight)) == jax.tree.map(np.shape, teacher)
 
 
-def test_a_best_metric_that_no_validation_measures_is_named(fine_tuning, tmp_path):
-    changed = {"best_metric": "validation_loss/chta", "evaluate_every": 2, "evaluate_first": False}
+@pytest.mark.parametrize("at_once, saved", [(True, []), (False, [2])])
+def test_a_best_metric_that_no_validation_measures_is_named_and_costs_no_progress(
+    fine_tuning, tmp_path, at_once, saved
+):
+    changed = {"best_metric": "validation_loss/chta", "evaluate_every": 2, "evaluate_first": at_once}
     values = fine_tuning | {"loop": fine_tuning["loop"] | changed}
     with pytest.raises(
-        ValueError, match="loop.best_metric='validation_loss/chta' is no metric .*'validation_loss/chat'.* is saved"
+        ValueError, match="loop.best_metric='validation_loss/chta' is no metric .*'validation_loss/chat'.*; correct it"
     ):
         loop.run(values, tmp_path / "run")
-    assert list(checkpoint.whole_steps(tmp_path / "run" / "checkpoints")) == [2]
+    assert list(checkpoint.whole_steps(tmp_path / "run" / "checkpoints")) == saved
 
 
 def test_a_request_to_start_elsewhere_is_another_config(fine_tuning, fine_tuned, tmp_path):
